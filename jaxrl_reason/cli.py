@@ -1,0 +1,211 @@
+"""The command line: run, evaluate, sample, lineage.
+
+Mistakes in configurations, data or paths end with exit code 2 and one message; what a run has
+finished stays, and the same command goes on where it stopped.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxrl_reason import __version__
+from jaxrl_reason.errors import InputError
+
+_RUN = """\
+Train the stages of a configuration one after the other. Finished stages are skipped and an
+interrupted one goes on where it was. Fields are set with key=value, for example
+
+  jaxrl-reason run configs/quickstart.yaml seed=1 stages.reason.steps=20
+"""
+_EVALUATE = """\
+Accuracy of a checkpoint on held-out problems of its task. Fields of the run's evaluation are set
+with key=value, for example
+
+  jaxrl-reason evaluate runs/quickstart/reason problems=1000 sampling.temperature=0
+"""
+_SAMPLE = """\
+Complete prompts with a checkpoint: those of a file (one prompt a line, or JSONL with a column
+`prompt`), or those typed at the terminal. Fields are set with key=value, for example
+
+  jaxrl-reason sample runs/quickstart/reason --file prompts.txt num_generations=4
+"""
+_LINEAGE = """\
+Where a checkpoint comes from: every ancestor with its stage, steps, configuration hash and data
+hash, back to the untrained model.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.command(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from jaxrl_reason.report import make_plots, stage_table
+    from jaxrl_reason.stages.config import RunConfig
+    from jaxrl_reason.stages.pareto import pareto_points
+    from jaxrl_reason.stages.pipeline import run
+
+    config = RunConfig.load(arguments.config, arguments.overrides)
+    console = Console(soft_wrap=True)
+    rows = run(config, say=lambda line: console.print(line, highlight=False, markup=False))
+    folder = Path(config.output_dir) / config.name
+    kinds = [(name, stage.kind) for name, stage in config.stages.items()]
+    plots = make_plots(folder, kinds, pareto_points(config))
+    console.print(stage_table(rows))
+    print(f"summary  {folder / 'summary.json'}")
+    print(f"samples  {folder / rows[-1]['stage'] / 'samples.jsonl'}")
+    for plot in plots:
+        print(f"plot     {plot}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from jaxrl_reason.config import apply_overrides, to_json, validate
+    from jaxrl_reason.stages.config import EvaluationConfig
+    from jaxrl_reason.stages.evaluate import evaluate
+    from jaxrl_reason.stages.load import load
+
+    loaded = load(arguments.checkpoint)
+    given = to_json(loaded.context.config.evaluation)
+    raw = apply_overrides(EvaluationConfig, given, arguments.overrides)
+    config = validate(EvaluationConfig, raw, "evaluation")
+    result, rows = evaluate(loaded.context, loaded.params, config)
+    if arguments.samples is not None:
+        from jaxrl_reason.data.records import write_jsonl
+
+        write_jsonl(arguments.samples, rows)
+    print(json.dumps({"checkpoint": arguments.checkpoint, **result}, indent=2))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    from jaxrl_reason.config import apply_overrides, validate
+    from jaxrl_reason.stages.load import load
+    from jaxrl_reason.stages.sample import SampleConfig, complete, read_prompts
+
+    loaded = load(arguments.checkpoint)
+    default = {"max_completion_length": loaded.context.config.evaluation.max_completion_length}
+    raw = apply_overrides(SampleConfig, default, arguments.overrides)
+    config = validate(SampleConfig, raw, "sample")
+    if arguments.file is not None:
+        for row in complete(loaded, read_prompts(arguments.file), config):
+            print(json.dumps(row, ensure_ascii=False))
+        return
+    example = loaded.context.task.generate("test", 0).prompt
+    print(f"Type a prompt, for example:  {example}\nAn empty line or Ctrl-D ends.")
+    number = 0
+    while (prompt := _ask("> ")) != "":
+        try:
+            for row in complete(loaded, [prompt], config, first=number):
+                print(f"{row['completion']}   [{row['length']} tokens]")
+            number += 1
+        except InputError as error:
+            print(f"error: {error}")
+
+
+def _ask(mark: str) -> str:
+    try:
+        return input(mark).strip()
+    except EOFError:
+        return ""
+
+
+def _lineage(arguments: argparse.Namespace) -> None:
+    from jaxrl_reason.checkpoint import lineage
+
+    for meta in lineage(arguments.checkpoint):
+        if arguments.json:
+            print(json.dumps(meta))
+            continue
+        if "error" in meta:
+            print(f"{meta['path']}: {meta['error']}")
+            continue
+        line = f"{meta['stage']:<16} {meta['kind']:<5} step {meta['step']:<6} hash {meta['hash']}"
+        if "data_hash" in meta:
+            line += f"  data {meta['data_hash']}"
+        print(f"{line}  seed {meta['seed']}  version {meta['code_version']}")
+
+
+def _fields(name: str) -> str:
+    """The fields of a configuration with type, default and meaning, for `--help`."""
+    from jaxrl_reason.config import describe
+    from jaxrl_reason.stages import config, sample
+
+    classes = {
+        "run": config.RunConfig,
+        "evaluate": config.EvaluationConfig,
+        "sample": sample.SampleConfig,
+    }
+    lines = ["fields (key=value), with their defaults:"]
+    for field in describe(classes[name]):
+        lines.append(f"  {field.path}  ({field.type}; {field.default})")
+        lines.append(f"      {field.help}")
+    return "\n".join(lines)
+
+
+class _Help(argparse.Action):
+    """`--help` with the fields of the command's configuration, read only when it is asked for."""
+
+    def __init__(self, option_strings, dest, **_):
+        super().__init__(option_strings, dest, nargs=0, help="show this help and all fields")
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.print_help()
+        name = parser.prog.split()[-1]
+        if name in ("run", "evaluate", "sample"):
+            print("\n" + _fields(name))
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxrl-reason", description="Turn base models into reasoning models, in JAX."
+    )
+    parser.add_argument("--version", action="version", version=f"jaxrl-reason {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, text: str, short: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=short,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,
+        )
+        sub.add_argument("-h", "--help", action=_Help)
+        sub.set_defaults(command=command)
+        return sub
+
+    run = add("run", _run, _RUN, "train the stages of a configuration")
+    run.add_argument("config", help="YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    evaluate = add("evaluate", _evaluate, _EVALUATE, "accuracy on held-out problems")
+    evaluate.add_argument("checkpoint", help="folder of a stage or of one of its checkpoints")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    evaluate.add_argument("--samples", metavar="FILE", help="write the completions here as JSONL")
+    sample = add("sample", _sample, _SAMPLE, "complete prompts")
+    sample.add_argument("checkpoint", help="folder of a stage or of one of its checkpoints")
+    sample.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    sample.add_argument("--file", metavar="FILE", help="prompts: lines of text, or JSONL")
+    lineage = add("lineage", _lineage, _LINEAGE, "where a checkpoint comes from")
+    lineage.add_argument("checkpoint", help="folder of a stage or of one of its checkpoints")
+    lineage.add_argument("--json", action="store_true", help="one JSON object an ancestor")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

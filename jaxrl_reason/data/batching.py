@@ -1,0 +1,115 @@
+"""Token lists to NumPy batches: pad, pack, and the order of examples as a function of the step.
+
+Nothing here holds state: which examples a step sees follows from (seed, step) alone, so a resumed
+run continues exactly and the data cursor of a checkpoint is its step.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxrl_reason.errors import InputError
+
+Batch = dict[str, np.ndarray]
+Example = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its completion."""
+
+
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """A permutation of `size` examples, a function of (seed, epoch)."""
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def step_indices(seed: int, step: int, *, size: int, batch_size: int) -> np.ndarray:
+    """Examples of one step: consecutive entries of the endless sequence of shuffled epochs."""
+    flat = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, places = np.divmod(flat, size)
+    orders = {epoch: epoch_order(seed, epoch, size) for epoch in np.unique(epochs)}
+    return np.asarray([orders[e][i] for e, i in zip(epochs, places, strict=True)])
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Best-fit-decreasing: which examples share a row of `row_length` tokens.
+
+    Raises:
+        InputError: an example is longer than a row.
+    """
+    too_long = [i for i, n in enumerate(lengths) if n > row_length]
+    if too_long:
+        raise InputError(
+            f"example {too_long[0]} has {lengths[too_long[0]]} tokens but a row holds "
+            f"max_length={row_length} ({len(too_long)} such examples); raise max_length or drop them"
+        )
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [r for r in range(len(rows)) if room[r] >= lengths[i]]
+        if fits:
+            row = min(fits, key=lambda r: (room[r], r))
+            rows[row].append(i)
+            room[row] -= lengths[i]
+        else:
+            rows.append([i])
+            room.append(row_length - lengths[i])
+    return rows
+
+
+def fill_rows(
+    rows: Sequence[Sequence[Example]], row_length: int, *, pad_id: int, num_rows: int | None = None
+) -> Batch:
+    """Rows of one or several documents as arrays.
+
+    Args:
+        rows: for each row its (prompt, completion) documents, in order.
+        row_length: tokens in a row.
+        pad_id: id of unused tokens.
+        num_rows: pad with empty rows up to this many.
+
+    Returns:
+        `tokens, positions, segment_ids` int32 and `completion_mask` bool, all [rows, row_length].
+        Positions restart with every document; segment ids count from 1 and are 0 on padding.
+    """
+    shape = (num_rows or len(rows), row_length)
+    batch = {
+        "tokens": np.full(shape, pad_id, np.int32),
+        "positions": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+        "completion_mask": np.zeros(shape, bool),
+    }
+    for r, documents in enumerate(rows):
+        at = 0
+        for number, (prompt, completion) in enumerate(documents, start=1):
+            size = len(prompt) + len(completion)
+            if at + size > row_length:
+                raise ValueError(f"row {r} needs {at + size} tokens but holds {row_length}")
+            here = slice(at, at + size)
+            batch["tokens"][r, here] = [*prompt, *completion]
+            batch["positions"][r, here] = np.arange(size)
+            batch["segment_ids"][r, here] = number
+            batch["completion_mask"][r, at + len(prompt) : at + size] = True
+            at += size
+    return batch
+
+
+def align_completions(values: np.ndarray, prompts: Sequence[Sequence[int]], row_length: int):
+    """Per-completion-token values [B, C] moved to where the completion lies in its row [B, T]."""
+    aligned = np.zeros((len(prompts), row_length), values.dtype)
+    for row, (prompt, of_completion) in enumerate(zip(prompts, values, strict=True)):
+        end = min(len(prompt) + len(of_completion), row_length)
+        aligned[row, len(prompt) : end] = of_completion[: end - len(prompt)]
+    return aligned
+
+
+def microbatches(batch: Batch, count: int) -> Batch:
+    """Arrays [rows, ...] cut to [count, rows / count, ...], neighbouring rows spread over the cuts.
+
+    Raises:
+        InputError: the rows do not divide.
+    """
+    rows = next(iter(batch.values())).shape[0]
+    if rows % count:
+        raise InputError(
+            f"a batch of {rows} rows does not divide into gradient_accumulation_steps={count}"
+        )
+    cut = lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+    return {name: cut(x) for name, x in batch.items()}

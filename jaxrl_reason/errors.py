@@ -1,0 +1,22 @@
+"""The one exception raised for mistakes in a user's configuration, data or files."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """A user's input was refused; the message says what was got, what is allowed and what to do."""
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Phrase the candidates closest to `name`, e.g. `did you mean 'grpo' or 'gspo'?`.
+
+    Falls back to listing every candidate when none is close, so that the text always helps.
+    """
+    known = sorted(candidates)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(candidate) for candidate in close) + "?"
+    if not known:
+        return "nothing is allowed here"
+    return "allowed: " + ", ".join(known)

@@ -1,0 +1,91 @@
+"""The parts of a block that see one position at a time: projection, RMSNorm, rotation, gated MLP.
+
+Einsum alphabet, here and in `attention.py`: B batch, T query position, S key position, D width,
+F MLP width, N query heads, K key/value heads, G = N / K, H head size.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxrl_reason.models.config import ModelConfig
+
+_SCALED = nn.initializers.variance_scaling
+
+
+class Projection(nn.Module):
+    """A linear map written as an einsum, without bias; `axes` are its logical axis names."""
+
+    config: ModelConfig
+    einsum: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    num_inputs: int = 1
+    """How many leading dimensions of the kernel are contracted; they fix the initial scale."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        init = _SCALED(
+            1.0,
+            "fan_in",
+            "truncated_normal",
+            in_axis=tuple(range(self.num_inputs)),
+            out_axis=tuple(range(self.num_inputs, len(self.shape))),
+        )
+        kernel = self.param(
+            "kernel",
+            nn.with_partitioning(init, self.axes),
+            self.shape,
+            jnp.dtype(self.config.param_dtype),
+        )
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.einsum(self.einsum, x.astype(dtype), kernel.astype(dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, computed in float32. arXiv 1910.07467."""
+
+    config: ModelConfig
+    axis: str = "embed_vector"
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param(
+            "scale",
+            nn.with_partitioning(nn.initializers.ones, (self.axis,)),
+            (x.shape[-1],),
+            jnp.dtype(self.config.param_dtype),
+        )
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean_square + self.config.rms_norm_eps)
+        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
+        return (normed * scale).astype(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)). arXiv 2002.05202."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        into, out = (c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)
+        gate = Projection(c, "btd,df->btf", into, ("embed", "mlp"), name="gate")(x)
+        up = Projection(c, "btd,df->btf", into, ("embed", "mlp"), name="up")(x)
+        return Projection(c, "btf,fd->btd", out, ("mlp", "embed"), name="down")(nn.silu(gate) * up)
+
+
+def rotate(
+    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], *, theta: float
+) -> Float[Array, "B T heads H"]:
+    """Rotary position embedding on halves (the Hugging Face layout), float32. arXiv 2104.09864."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)

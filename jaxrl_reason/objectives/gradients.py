@@ -1,0 +1,114 @@
+"""M gradients to one update direction: MGDA, PCGrad, CAGrad.
+
+``gradients`` is an array ``[M, P]`` or a pytree whose leaves are ``[M, ...]``. Only inner products
+of whole gradients decide, so the methods see an ``[M, M]`` matrix and the tree is read twice.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PyTree, Shaped
+
+from jaxrl_reason.arrays import check_choice, to_floats
+from jaxrl_reason.objectives.simplex import cagrad_weights, min_norm_weights, pcgrad_weights
+
+
+def gram_matrix(gradients: PyTree[Float[Array, "M ..."]]) -> Float[Array, "M M"]:
+    """Inner products of the M gradients over all leaves, in full precision."""
+    leaves = jax.tree.leaves(gradients)
+    sizes = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in leaves}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(f"leaves have leading sizes {sizes}; expected one M, the objectives")
+
+    def inner(leaf):
+        (leaf,) = to_floats(leaf)
+        rest = tuple(range(1, leaf.ndim))
+        # tensordot keeps the leaf's sharding, which a reshape to [M, P] would not.
+        return jnp.tensordot(leaf, leaf, axes=(rest, rest), precision=jax.lax.Precision.HIGHEST)
+
+    return sum(inner(leaf) for leaf in leaves)
+
+
+def combine(
+    gradients: PyTree[Float[Array, "M ..."]], weights: Float[Array, " M"]
+) -> PyTree[Float[Array, "..."]]:
+    """sum_k weights[k] gradients[k], leaf by leaf."""
+
+    def mix(leaf):
+        (leaf,) = to_floats(leaf)
+        precision = jax.lax.Precision.HIGHEST
+        return jnp.tensordot(weights.astype(leaf.dtype), leaf, axes=(0, 0), precision=precision)
+
+    return jax.tree.map(mix, gradients)
+
+
+def mgda(
+    gradients: PyTree[Float[Array, "M ..."]],
+    *,
+    mask: Shaped[Array, " M"] | None = None,
+    normalize: str = "none",
+    method: str = "faces",
+    steps: int = 200,
+) -> PyTree[Float[Array, "..."]]:
+    """The shortest vector in the convex hull of the gradients (arXiv 1810.04650).
+
+    Its inner product with every gradient is at least its squared length, so that no objective is
+    worked against; it is 0 at a Pareto-stationary point.
+
+    Args:
+        mask: false for gradients to leave out.
+        normalize: ``l2`` finds the weights for gradients of unit length, as the authors' code does,
+            and applies them to the gradients as they are.
+        method: see ``min_norm_weights``, as for ``steps``.
+    """
+    check_choice("normalize", normalize, ("none", "l2"))
+    gram = gram_matrix(gradients)
+    if normalize == "l2":
+        squares = jnp.diagonal(gram)
+        inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+        scaled = gram * inverse[:, None] * inverse[None, :]
+    else:
+        scaled = gram
+    weights = min_norm_weights(scaled, _all(mask, gram), method=method, steps=steps)
+    return combine(gradients, weights)
+
+
+def pcgrad(
+    gradients: PyTree[Float[Array, "M ..."]],
+    key: Array,
+    *,
+    mask: Shaped[Array, " M"] | None = None,
+) -> PyTree[Float[Array, "..."]]:
+    """Sum of the gradients, each first projected off those it conflicts with, in random order.
+
+    If <g_i, g_j> < 0 then g_i <- g_i - <g_i, g_j> / |g_j|^2 g_j, with the original g_j
+    (arXiv 2001.06782, algorithm 1).
+
+    Args:
+        key: decides the order, drawn anew for each gradient.
+        mask: false for gradients to leave out.
+    """
+    gram = gram_matrix(gradients)
+    size = gram.shape[0]
+    keys = jax.random.split(key, size)
+    orders = jax.vmap(lambda one: jax.random.permutation(one, size))(keys)
+    return combine(gradients, pcgrad_weights(gram, _all(mask, gram), orders))
+
+
+def cagrad(
+    gradients: PyTree[Float[Array, "M ..."]],
+    *,
+    c: float,
+    mask: Shaped[Array, " M"] | None = None,
+) -> PyTree[Float[Array, "..."]]:
+    """The direction within c |g_0| of the mean gradient g_0 that helps the worst objective most.
+
+    CAGrad, arXiv 2110.14048, algorithm 1, without the later division by 1 + c of its toy code.
+    c = 0 is the mean gradient, and a large c turns to MGDA's direction.
+    """
+    gram = gram_matrix(gradients)
+    return combine(gradients, cagrad_weights(gram, _all(mask, gram), c=c))
+
+
+def _all(mask, gram):
+    return jnp.ones_like(gram[0], dtype=jnp.bool_) if mask is None else mask

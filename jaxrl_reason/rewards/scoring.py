@@ -1,0 +1,119 @@
+"""Calling reward functions on a batch, and refusing what they return wrongly.
+
+A reward function is `f(prompts, completions, completion_ids=..., **columns) -> list[float | None]`,
+plain or async. None means that the reward does not apply to that completion: it is masked, not 0.
+"""
+
+import asyncio
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jaxrl_reason.errors import InputError
+
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+def score(
+    functions: Mapping[str, RewardFunction],
+    *,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> tuple[Float[np.ndarray, "B M"], Bool[np.ndarray, "B M"]]:
+    """Every reward of every completion.
+
+    Args:
+        functions: M reward functions by name; async ones run concurrently.
+        prompts: text of the prompt of each completion.
+        completions: text of each completion.
+        completion_ids: its token ids, the stop token included.
+        columns: further columns of the data set, one entry per completion.
+
+    Returns:
+        `(rewards, mask)`: 0 and false where a function returned None.
+
+    Raises:
+        InputError: a function raised, returned a wrong number of values, or a value that is not a
+            finite number; the message names the reward and the row.
+    """
+    given = {"completion_ids": completion_ids, **columns}
+    returned = []
+    for name, function in functions.items():
+        try:
+            returned.append(function(prompts, completions, **given))
+        except Exception as error:
+            raise InputError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
+    returned = _await(dict(zip(functions, returned, strict=True)))
+    rewards = np.zeros((len(completions), len(functions)), np.float32)
+    mask = np.zeros(rewards.shape, bool)
+    for m, (name, values) in enumerate(returned.items()):
+        rewards[:, m], mask[:, m] = _checked(name, values, len(completions))
+    return rewards, mask
+
+
+def load_function(where: str) -> RewardFunction:
+    """The function at `package.module:function`.
+
+    Raises:
+        InputError: there is no such module or function.
+    """
+    module_name, _, name = where.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(f"reward function {where!r}: cannot import: {error}") from error
+    if not hasattr(module, name):
+        raise InputError(f"reward function {where!r}: module {module_name} has no {name!r}")
+    return getattr(module, name)
+
+
+def _await(returned: dict[str, Any]) -> dict[str, Any]:
+    waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
+    if not waiting:
+        return returned
+
+    async def gather():
+        return await asyncio.gather(*waiting.values(), return_exceptions=True)
+
+    for name, value in zip(waiting, asyncio.run(gather()), strict=True):
+        if isinstance(value, BaseException):
+            raise InputError(f"reward {name!r} raised {type(value).__name__}: {value}") from value
+        returned[name] = value
+    return returned
+
+
+def _checked(name: str, values: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        values = list(values)
+    except TypeError as error:
+        raise InputError(
+            f"reward {name!r} returned {type(values).__name__}; return a list with one number, or "
+            "None, for each completion"
+        ) from error
+    if len(values) != count:
+        raise InputError(
+            f"reward {name!r} returned {len(values)} values for {count} completions; return one "
+            "for each, None where the reward does not apply"
+        )
+    rewards, mask = np.zeros(count, np.float32), np.zeros(count, bool)
+    for row, value in enumerate(values):
+        if value is None:
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError(
+                f"reward {name!r} returned {value!r} for completion {row}; return a finite number, "
+                "or None where the reward does not apply"
+            )
+        rewards[row], mask[row] = number, True
+    return rewards, mask

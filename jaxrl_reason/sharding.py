@@ -1,0 +1,152 @@
+"""One mesh over whatever devices are there, and where every array lies on it.
+
+Parameters name their logical axes where they are declared (`Model.axes`); `AxisRules` maps those
+names to mesh axes. Batches are cut over `data` and `fsdp` together. The same code serves one CPU,
+eight virtual devices and a node of GPUs; one configuration field changes the mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_reason.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1 and then takes the devices that are left."""
+
+    data: int = -1
+    """Replicas of the parameters, each on its own part of the batch."""
+    fsdp: int = 1
+    """Devices over which parameters, optimiser state and the batch are cut."""
+    tensor: int = 1
+    """Devices over which heads, MLP and vocabulary are cut."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisRules:
+    """Mesh axis (or None, replicated) for each logical axis name of a parameter."""
+
+    rules: Mapping[str, str | None]
+
+    def spec(self, names: Sequence[str]) -> PartitionSpec:
+        """The partition of one parameter.
+
+        Raises:
+            ValueError: a name has no rule, or two names of this parameter share a mesh axis.
+        """
+        unknown = [name for name in names if name not in self.rules]
+        if unknown:
+            raise ValueError(f"no rule for logical axes {unknown}; rules: {sorted(self.rules)}")
+        axes = [self.rules[name] for name in names]
+        used = [axis for axis in axes if axis is not None]
+        if len(used) != len(set(used)):
+            raise ValueError(f"logical axes {tuple(names)} use a mesh axis twice: {axes}")
+        return PartitionSpec(*axes)
+
+
+DEFAULT_RULES = AxisRules(
+    {
+        "vocab": "tensor",
+        "embed": "fsdp",
+        "mlp": "tensor",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "head": None,
+        "embed_vector": None,
+        "layers": None,
+    }
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a configuration over the given devices (all, by default).
+
+    Raises:
+        InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    free = [i for i, size in enumerate(sizes) if size == -1]
+    fixed = math.prod(size for size in sizes if size != -1)
+    wrong = len(free) > 1 or any(size < 1 and size != -1 for size in sizes)
+    if not wrong and free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if wrong or math.prod(sizes) != len(devices):
+        raise InputError(
+            f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit {len(devices)} devices; "
+            "sizes must be positive and multiply to that number, and one of them may be -1"
+        )
+    # Explicit axes, the default of jax.make_mesh from jax 0.10, reject ordinary FSDP einsums.
+    grid = np.asarray(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def tree_shardings(mesh: Mesh, axes, shapes, rules: AxisRules = DEFAULT_RULES):
+    """Shardings of parameters.
+
+    Args:
+        mesh: from `make_mesh`.
+        axes: tree of tuples of logical axis names.
+        shapes: tree of the same structure with the parameters or their shapes.
+        rules: logical to mesh axes.
+
+    Raises:
+        InputError: dimensions that their mesh axis does not divide, all listed.
+    """
+    problems = []
+
+    def sharding(path, names, shape):
+        spec = rules.spec(names)
+        for name, axis, size in zip(names, spec, shape.shape, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
+                problems.append(f"{where}: {name}={size} over {axis}={mesh.shape[axis]}")
+        return NamedSharding(mesh, spec)
+
+    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+    result = jax.tree_util.tree_map_with_path(sharding, axes, shapes, is_leaf=is_names)
+    if problems:
+        raise InputError(
+            "these parameters cannot be cut evenly over the mesh: " + "; ".join(problems)
+        )
+    return result
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of values that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, *, batch_axis: int = 0) -> NamedSharding:
+    """The sharding of an array whose axis `batch_axis` is cut over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * batch_axis, BATCH_AXES))
+
+
+def batch_multiple(mesh: Mesh) -> int:
+    """A batch must be a multiple of this many rows."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0):
+    """A tree of host arrays on the mesh, cut along their batch axis.
+
+    Raises:
+        InputError: the batch does not divide over the mesh.
+    """
+    multiple = batch_multiple(mesh)
+    for x in jax.tree.leaves(batch):
+        if x.shape[batch_axis] % multiple:
+            raise InputError(
+                f"a batch of {x.shape[batch_axis]} rows does not divide over {multiple} devices "
+                f"(mesh {dict(mesh.shape)}); use a multiple of {multiple}"
+            )
+    return jax.device_put(batch, batch_sharding(mesh, batch_axis=batch_axis))

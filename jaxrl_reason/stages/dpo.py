@@ -1,0 +1,154 @@
+"""Direct preference optimisation (arXiv 2305.18290) against the parent.
+
+The reference is the parent itself; its log-probs of every pair are computed once, before the first
+step, and its parameters are then let go. Pairs come from a file or from the parent's own samples: a
+completion that the verifier accepts against one that it rejects.
+"""
+
+import jax
+import numpy as np
+
+from jaxrl_reason.config import hash_json
+from jaxrl_reason.data.batching import Example, fill_rows, microbatches, step_indices
+from jaxrl_reason.data.records import load_records, write_jsonl
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.sharding import batch_multiple, place_batch
+from jaxrl_reason.stages.config import DPOConfig, FileData
+from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.training import StepResult, compile_step, train
+from jaxrl_reason.steps import make_optimizer, make_preference_step, pair_logprobs
+
+Pair = tuple[Example, Example]
+"""Token ids of a chosen and of a rejected (prompt, completion)."""
+
+
+def run_dpo(stage: Stage) -> None:
+    """Train on the stage's pairs, from its last checkpoint or its parent."""
+    config: DPOConfig = stage.config
+    count = config.gradient_accumulation_steps
+    stage.check_rows("batch_size", config.batch_size, microbatches=count)
+    pairs = preference_pairs(stage)
+    reference = reference_logprobs(stage, pairs)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    step_function = make_preference_step(
+        stage.context.model,
+        optimizer,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        loss_type=config.loss_type,
+        loss_weights=config.loss_weights or (1.0,) * len(config.loss_type),
+        logprob_chunk_size=config.logprob_chunk_size,
+    )
+    update = compile_step(stage, step_function, optimizer)
+
+    def one_step(state, step):
+        chosen = step_indices(stage.seed, step, size=len(pairs), batch_size=config.batch_size)
+        batch = pair_rows(stage, [pairs[i] for i in chosen])
+        num_tokens = int((batch["segment_ids"] > 0).sum())
+        batch["ref_logprobs"] = reference[chosen]
+        cut = microbatches(batch, count)
+        state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
+        return StepResult(state, metrics, num_tokens)
+
+    show = ("loss", "rewards/accuracies", "rewards/margins")
+    train(stage, optimizer, one_step, show=show, data_hash=hash_json(pairs))
+
+
+def preference_pairs(stage: Stage) -> list[Pair]:
+    """Token ids of every pair; sampled ones are written to `pairs.jsonl` and read back on resume.
+
+    Raises:
+        InputError: a malformed or over-long row, by file and line; or no pair at all.
+    """
+    config: DPOConfig = stage.config
+    if isinstance(config.data, FileData):
+        path = config.data.path
+    else:
+        path = stage.directory / "pairs.jsonl"
+        if not path.exists():
+            write_jsonl(path, sampled_pairs(stage))
+    pairs = []
+    for record in load_records(path, required=("prompt", "chosen", "rejected")):
+        pair = record.check(
+            lambda row: tuple(
+                stage.context.encode(row["prompt"], row[side]) for side in ("chosen", "rejected")
+            )
+        )
+        longest = max(len(prompt) + len(completion) for prompt, completion in pair)
+        if longest > config.max_length:
+            raise InputError(
+                f"{record.where}: prompt and completion have {longest} tokens; "
+                f"stages.{stage.name}.max_length={config.max_length} is the most"
+            )
+        pairs.append(pair)
+    return pairs
+
+
+def sampled_pairs(stage: Stage) -> list[dict[str, str]]:
+    """Rows of prompt, chosen and rejected text from the parent's own completions.
+
+    Raises:
+        InputError: the parent solves every problem always or never, so that no pair exists.
+    """
+    config: DPOConfig = stage.config
+    context, data = stage.context, config.data
+    problems = stage.problems(0, data.num_prompts)
+    sampler = context.sampler(data.sampling, config.max_length - context.config.max_prompt_length)
+    rollout = sampler.sample(
+        stage.parent_params(),
+        context.encode_prompts(problems),
+        stage.key(0),
+        num_generations=data.num_generations,
+    )
+    texts = context.decode(rollout.completions())
+    draw = np.random.default_rng(stage.seed)
+    rows = []
+    for i, problem in enumerate(problems):
+        group = slice(i * data.num_generations, (i + 1) * data.num_generations)
+        # A completion cut at the longest length has no end to learn from.
+        ended = [t for t, f in zip(texts[group], rollout.finished[group], strict=True) if f]
+        right = [text for text in ended if context.task.verify(problem, text).correct]
+        wrong = [text for text in ended if not context.task.verify(problem, text).correct]
+        for _ in range(min(data.pairs_per_prompt, len(right), len(wrong))):
+            chosen = right.pop(draw.integers(len(right)))
+            rejected = wrong.pop(draw.integers(len(wrong)))
+            rows.append({"prompt": problem.prompt, "chosen": chosen, "rejected": rejected})
+    if len(rows) < config.batch_size:
+        raise InputError(
+            f"stages.{stage.name}: the parent's samples for {data.num_prompts} problems gave "
+            f"{len(rows)} pairs and batch_size={config.batch_size} needs more: it solves nearly "
+            "all problems always or never; raise data.num_prompts or change the task's difficulty"
+        )
+    return rows
+
+
+def reference_logprobs(stage: Stage, pairs: list[Pair]) -> np.ndarray:
+    """Sequence log-probs [pairs, 2] of every pair under the parent."""
+    config: DPOConfig = stage.config
+    context = stage.context
+    params = stage.parent_params()
+
+    @jax.jit
+    def compute(params, batch):
+        return pair_logprobs(
+            context.model, params, batch, logprob_chunk_size=config.logprob_chunk_size
+        )[0]
+
+    size = max(
+        config.batch_size // config.gradient_accumulation_steps, batch_multiple(context.mesh)
+    )
+    results = []
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        # One shape for all: the last part is filled up with copies of its first pair.
+        batch = pair_rows(stage, part + part[:1] * (size - len(part)))
+        results.append(np.asarray(compute(params, place_batch(batch, context.mesh)))[: len(part)])
+    return np.concatenate(results)
+
+
+def pair_rows(stage: Stage, pairs: list[Pair]) -> dict[str, np.ndarray]:
+    """Arrays [pairs, 2, T], the chosen completion first."""
+    flat = [[example] for pair in pairs for example in pair]
+    length = stage.config.max_length
+    batch = fill_rows(flat, length, pad_id=stage.context.tokenizer.pad_token_id)
+    return {name: x.reshape(len(pairs), 2, length) for name, x in batch.items()}

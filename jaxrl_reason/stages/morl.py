@@ -1,0 +1,37 @@
+"""Multi-objective reinforcement learning: GRPO with several rewards kept apart.
+
+Only one line differs from `grpo.py`: instead of adding the rewards up and normalising the sum, an
+aggregator of `objectives.py` reads the vector of rewards of every completion and returns one
+advantage (P-FAB, arXiv 2604.04415; GDPO, arXiv 2601.05242; and others).
+"""
+
+import jax
+import numpy as np
+
+from jaxrl_reason.objectives import AGGREGATORS
+from jaxrl_reason.stages.config import MORLConfig, reward_name
+from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.grpo import Scored, train_policy
+
+
+def run_morl(stage: Stage) -> None:
+    """Train on several rewards as separate objectives."""
+    config: MORLConfig = stage.config
+    names = [reward_name(reward) for reward in config.rewards]
+    options = dict(config.aggregator_options)
+    if config.aggregator_takes_weights:
+        options["weights"] = np.asarray([reward.weight for reward in config.rewards], np.float32)
+
+    @jax.jit
+    def aggregate(rewards, mask):
+        return AGGREGATORS[config.aggregator](
+            rewards, mask, num_generations=config.num_generations, **options
+        )
+
+    def advantages_of(scored: Scored):
+        advantages, weights = jax.device_get(aggregate(scored.rewards, scored.mask))
+        means = weights.mean(axis=0)
+        metrics = {f"objectives/weights/{n}": w for n, w in zip(names, means, strict=True)}
+        return advantages, metrics
+
+    train_policy(stage, advantages_of)

@@ -1,0 +1,179 @@
+"""A run: its stages one after the other, each from its parent's checkpoint, each evaluated.
+
+A stage that is complete is skipped; one that was interrupted goes on from its last checkpoint. What
+was made with another configuration is never overwritten.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxrl_reason import __version__, checkpoint
+from jaxrl_reason.config import hash_json, to_json
+from jaxrl_reason.data.tokenizer import save_tokenizer
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.context import Context, Stage
+from jaxrl_reason.stages.dpo import run_dpo
+from jaxrl_reason.stages.evaluate import evaluate, write_evaluation
+from jaxrl_reason.stages.grpo import run_grpo
+from jaxrl_reason.stages.morl import run_morl
+from jaxrl_reason.stages.sft import run_sft
+
+RUNNERS: Mapping[str, Callable[[Stage], None]] = {
+    "sft": run_sft,
+    "dpo": run_dpo,
+    "grpo": run_grpo,
+    "morl": run_morl,
+}
+
+
+def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Run all stages and write `summary.json`.
+
+    Args:
+        config: the run.
+        say: receives one line about what happens next.
+
+    Returns:
+        One row a stage, in order, the untrained model first.
+
+    Raises:
+        InputError: a mistake in the configuration or the data, or a folder made by another one.
+    """
+    context = Context.create(config)
+    stages = plan(context)
+    for stage in stages:
+        check_belongs(stage)
+    _prepare_folder(context)
+    rows = [_evaluated(context, "init", "init", context.root_hash, 0.0, say)]
+    for stage in stages:
+        began = time.monotonic()
+        meta = _latest_meta(stage.checkpoints)
+        if meta is not None and meta["complete"]:
+            say(f"{stage.name}: complete, skipped")
+        else:
+            if meta is not None:
+                say(f"{stage.name}: going on after step {meta['step']}")
+            stage.directory.mkdir(parents=True, exist_ok=True)
+            _write_json(stage.directory / "config.json", to_json(config))
+            RUNNERS[stage.config.kind](stage)
+        seconds = _latest_meta(stage.checkpoints)["seconds"]
+        rows.append(_evaluated(context, stage.name, stage.config.kind, stage.hash, seconds, say))
+        say(f"{stage.name}: {time.monotonic() - began:.0f} s")
+        _write_json(context.directory / "summary.json", rows)
+    return rows
+
+
+def plan(context: Context) -> list[Stage]:
+    """The stages of a run with their parents, in order."""
+    hashes = {"init": context.root_hash}
+    stages = []
+    for name, config in context.config.stages.items():
+        stage = Stage(
+            context=context,
+            name=name,
+            config=config,
+            parent=context.directory / config.parent,
+            parent_hash=hashes[config.parent],
+        )
+        hashes[name] = stage.hash
+        stages.append(stage)
+    return stages
+
+
+def check_belongs(stage: Stage) -> None:
+    """Refuse to go on in a folder that another configuration made.
+
+    Raises:
+        InputError: naming what differs and what to do.
+    """
+    meta = _latest_meta(stage.checkpoints)
+    if meta is None or meta["hash"] == stage.hash:
+        return
+    differences = _differences(meta["config"], to_json(stage.config))
+    what = ", ".join(differences) or "what it starts from (its parent, the task, model or seed)"
+    raise InputError(
+        f"{stage.directory} was made with another configuration; what differs: {what}. Give the "
+        "run another name (name=...) or move that folder away; nothing was overwritten"
+    )
+
+
+def _prepare_folder(context: Context) -> None:
+    """Write the untrained model as stage `init`, and the run's configuration and tokenizer."""
+    checkpoints = context.directory / "init" / "checkpoints"
+    meta = _latest_meta(checkpoints)
+    if meta is not None and meta["hash"] != context.root_hash:
+        raise InputError(
+            f"{context.directory} was made with another seed, task or model; give the run another "
+            "name (name=...) or move that folder away; nothing was overwritten"
+        )
+    try:
+        context.directory.mkdir(parents=True, exist_ok=True)
+        _write_json(context.directory / "config.json", to_json(context.config))
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {context.directory}: {error.strerror}; choose another output_dir"
+        ) from error
+    save_tokenizer(context.tokenizer, context.directory / "tokenizer")
+    if meta is None:
+        config = {k: v for k, v in to_json(context.config).items() if k != "stages"}
+        meta = {
+            "run": context.config.name,
+            "stage": "init",
+            "kind": "init",
+            "hash": context.root_hash,
+            "config": config,
+            "parent": None,
+            "seed": context.config.seed,
+            "step": 0,
+            "complete": True,
+            "seconds": 0.0,
+            "code_version": __version__,
+        }
+        checkpoint.save(checkpoints, 0, params=context.init_params(), state={}, meta=meta)
+
+
+def _evaluated(
+    context: Context, name: str, kind: str, made: str, seconds: float, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """The summary row of a stage; evaluates it unless that was done with the same settings."""
+    directory = context.directory / name
+    settings = hash_json([made, to_json(context.config.evaluation)])
+    path = directory / "eval.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    if result.get("hash") != settings:
+        say(f"{name}: evaluating on {context.config.evaluation.problems} held-out problems")
+        began = time.monotonic()
+        params = checkpoint.restore_params(directory, context.params_like)
+        result, rows = evaluate(context, params, context.config.evaluation)
+        result = {"stage": name, "kind": kind, "hash": settings, **result}
+        result["seconds"] = time.monotonic() - began
+        write_evaluation(directory, result, rows)
+    row = {"stage": name, "kind": kind}
+    row |= {k: result[k] for k in ("accuracy", "accuracy_ci95", "format_rate", "mean_length")}
+    return row | {"problems": result["problems"], "seconds": seconds + result["seconds"]}
+
+
+def _latest_meta(checkpoints: Path) -> dict[str, Any] | None:
+    step = checkpoint.latest(checkpoints)
+    return None if step is None else checkpoint.read_meta(checkpoints / str(step))
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            changes += _differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            changes.append(f"{prefix}{name}: {before!r} -> {after!r}")
+    return changes
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

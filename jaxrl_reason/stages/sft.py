@@ -1,0 +1,75 @@
+"""Supervised fine-tuning on demonstrations: the cold start.
+
+Rows are packed once, before the first step, by best fit; an epoch visits the rows in a new order.
+The loss counts completion tokens only, the end marker among them.
+"""
+
+import numpy as np
+
+from jaxrl_reason.config import hash_json
+from jaxrl_reason.data.batching import Example, fill_rows, microbatches, pack, step_indices
+from jaxrl_reason.data.records import load_records
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.sharding import place_batch
+from jaxrl_reason.stages.config import FileData, SFTConfig
+from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.training import StepResult, compile_step, train
+from jaxrl_reason.steps import make_optimizer, make_sft_step
+
+
+def run_sft(stage: Stage) -> None:
+    """Train on the stage's demonstrations, from its last checkpoint or its parent."""
+    config: SFTConfig = stage.config
+    microbatch_count = config.gradient_accumulation_steps
+    stage.check_rows("batch_size", config.batch_size, microbatches=microbatch_count)
+    examples = demonstrations(stage)
+    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
+    rows = pack(lengths, config.max_length)
+    if not config.packing:
+        rows = [[i] for i in range(len(examples))]
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    update = compile_step(
+        stage,
+        make_sft_step(stage.context.model, optimizer, logprob_chunk_size=config.logprob_chunk_size),
+        optimizer,
+    )
+
+    def one_step(state, step):
+        chosen = step_indices(stage.seed, step, size=len(rows), batch_size=config.batch_size)
+        documents = [[examples[i] for i in rows[row]] for row in chosen]
+        batch = fill_rows(documents, config.max_length, pad_id=stage.context.tokenizer.pad_token_id)
+        num_tokens = int((batch["segment_ids"] > 0).sum())
+        cut = microbatches(batch, microbatch_count)
+        state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
+        return StepResult(state, metrics, num_tokens)
+
+    train(stage, optimizer, one_step, show=("loss",), data_hash=hash_json(examples))
+
+
+def demonstrations(stage: Stage) -> list[Example]:
+    """Token ids of every demonstration.
+
+    Raises:
+        InputError: a row of a file that is malformed or too long, by file and line.
+    """
+    config: SFTConfig = stage.config
+    context = stage.context
+    if not isinstance(config.data, FileData):
+        problems = stage.problems(0, config.data.num_examples)
+        names, shares = zip(*config.data.styles.items(), strict=True)
+        draw = np.random.default_rng(stage.seed).choice
+        styles = draw(names, size=len(problems), p=np.asarray(shares) / sum(shares))
+        return [
+            context.encode(problem.prompt, context.task.trace(problem, str(style)))
+            for problem, style in zip(problems, styles, strict=True)
+        ]
+    examples = []
+    for record in load_records(config.data.path, required=("prompt", "completion")):
+        example = record.check(lambda row: context.encode(row["prompt"], row["completion"]))
+        if len(example[0]) + len(example[1]) > config.max_length:
+            raise InputError(
+                f"{record.where}: prompt and completion have {len(example[0]) + len(example[1])} "
+                f"tokens; stages.{stage.name}.max_length={config.max_length} is the most"
+            )
+        examples.append(example)
+    return examples

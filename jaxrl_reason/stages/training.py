@@ -1,0 +1,116 @@
+"""The loop around the steps of a stage: start or resume, log, save."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from jaxrl_reason.checkpoint import Checkpoints, latest_valid
+from jaxrl_reason.metrics import MetricLog, Progress
+from jaxrl_reason.sharding import batch_sharding, replicated
+from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.steps import Step, TrainState, init_state, state_shardings
+
+
+class StepResult(NamedTuple):
+    """What a stage's step returns: the new state, scalars to log, and tokens it worked on."""
+
+    state: TrainState
+    metrics: dict[str, Any]
+    num_tokens: int
+
+
+OneStep = Callable[[TrainState, int], StepResult]
+
+
+def compile_step(stage: Stage, step: Step, optimizer: optax.GradientTransformation) -> Step:
+    """Jit a step with the state's shardings and its memory donated; batches are [k, rows, ...]."""
+    context = stage.context
+    states = _shardings(stage, optimizer)
+    return jax.jit(
+        step,
+        in_shardings=(states, batch_sharding(context.mesh, batch_axis=1)),
+        out_shardings=(states, replicated(context.mesh)),
+        donate_argnums=0,
+    )
+
+
+def train(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    one_step: OneStep,
+    *,
+    show: tuple[str, ...],
+    data_hash: str,
+) -> None:
+    """Run the steps that are left, from the last checkpoint or from the parent.
+
+    Everything that a step draws or reads follows from (seed, step), so a run that was killed and
+    started again computes what an uninterrupted one would have computed, bit for bit.
+
+    Args:
+        stage: the stage.
+        optimizer: as configured for all of the stage's updates.
+        one_step: `(state, step) -> StepResult`, steps counted from 0.
+        show: names of metrics for the progress bar.
+        data_hash: identifies the stage's data.
+    """
+    config = stage.config
+    state, start, seconds = _start(stage, optimizer)
+    tracking = stage.context.config.tracking
+    began = time.monotonic()
+    with (
+        Checkpoints(stage.checkpoints, keep=config.save_total_limit) as checkpoints,
+        MetricLog(
+            stage.directory,
+            tensorboard=tracking.tensorboard,
+            wandb_project=tracking.wandb_project,
+            from_step=start,
+            aliases="verl" if tracking.verl_names else None,
+        ) as log,
+        Progress(f"{stage.name} ({config.kind})", total=config.steps, start=start) as bar,
+    ):
+        for step in range(start, config.steps):
+            step_began = time.monotonic()
+            state, metrics, num_tokens = one_step(state, step)
+            metrics = {name: float(value) for name, value in metrics.items()}
+            metrics["step_time"] = time.monotonic() - step_began
+            done = step + 1
+            log.log(done, metrics)
+            bar.update(done, tokens=num_tokens, **{n: metrics[n] for n in show if n in metrics})
+            if done % config.save_steps == 0 or done == config.steps:
+                meta = stage.meta(
+                    step=done,
+                    complete=done == config.steps,
+                    data_hash=data_hash,
+                    cursor={"step": done},
+                    seconds=seconds + time.monotonic() - began,
+                )
+                rest = {"opt_state": state.opt_state, "step": state.step}
+                checkpoints.save(done, params=state.params, state=rest, meta=meta)
+
+
+def _start(stage: Stage, optimizer: optax.GradientTransformation) -> tuple[TrainState, int, float]:
+    """The state to go on from, the steps already done, and the seconds they took."""
+    context = stage.context
+    shardings = _shardings(stage, optimizer)
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), context.params_shapes)
+    like = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+    rest = {"opt_state": like.opt_state, "step": like.step}
+    restored = latest_valid(stage.checkpoints, params=like.params, state=rest)
+    if restored is None:
+        fresh = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
+        return fresh(stage.parent_params()), 0, 0.0
+    state = TrainState(restored.params, restored.state["opt_state"], restored.state["step"])
+    return state, restored.step, restored.meta["seconds"]
+
+
+def _shardings(stage: Stage, optimizer: optax.GradientTransformation) -> TrainState:
+    context = stage.context
+    return state_shardings(
+        context.params_shapes, optimizer, context.params_shardings, replicated(context.mesh)
+    )

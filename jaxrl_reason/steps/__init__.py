@@ -1,0 +1,29 @@
+"""One pure update for each kind of training; the stages jit, shard and donate them."""
+
+from jaxrl_reason.steps.policy import PolicyObjective, make_policy_step
+from jaxrl_reason.steps.preference import make_preference_step, pair_logprobs
+from jaxrl_reason.steps.sft import make_sft_step
+from jaxrl_reason.steps.state import (
+    OptimizerConfig,
+    Step,
+    TrainState,
+    init_state,
+    learning_rate_schedule,
+    make_optimizer,
+    state_shardings,
+)
+
+__all__ = [
+    "OptimizerConfig",
+    "PolicyObjective",
+    "Step",
+    "TrainState",
+    "init_state",
+    "learning_rate_schedule",
+    "make_optimizer",
+    "make_policy_step",
+    "make_preference_step",
+    "make_sft_step",
+    "pair_logprobs",
+    "state_shardings",
+]

@@ -1,0 +1,48 @@
+"""Supervised fine-tuning: one update on packed rows of demonstrations."""
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxrl_reason.arrays import WeightedMean, aggregate
+from jaxrl_reason.logprobs import model_logprobs
+from jaxrl_reason.losses import nll_loss
+from jaxrl_reason.models import Model
+from jaxrl_reason.steps.accumulate import value_and_grad
+from jaxrl_reason.steps.state import Step, TrainState, apply_gradients
+
+
+def make_sft_step(
+    model: Model, optimizer: optax.GradientTransformation, *, logprob_chunk_size: int
+) -> Step:
+    """The SFT update: mean negative log-likelihood over the tokens under `completion_mask`.
+
+    The batch holds `tokens, positions, segment_ids, completion_mask`, each `[k, rows, T]` with k
+    microbatches. Metrics: `loss`, `entropy` (nats), `mean_token_probability`, `num_tokens`.
+    """
+
+    def loss_fn(params, batch: dict[str, Array]):
+        logprobs, entropy = model_logprobs(
+            model,
+            params,
+            batch["tokens"],
+            positions=batch["positions"],
+            segment_ids=batch["segment_ids"],
+            temperature=1.0,
+            chunk_size=logprob_chunk_size,
+        )
+        mean = lambda values: aggregate(values, batch["completion_mask"], how="token_mean")  # noqa: E731
+        count = jnp.sum(batch["completion_mask"].astype(jnp.float32))
+        metrics = {
+            "entropy": mean(entropy),
+            "mean_token_probability": mean(jnp.exp(logprobs)),
+            "num_tokens": WeightedMean(count, jnp.ones(())),
+        }
+        return mean(nll_loss(logprobs)), metrics
+
+    def step(state: TrainState, batch: dict[str, Array]):
+        loss, gradient, metrics = value_and_grad(loss_fn, state.params, batch)
+        state, update = apply_gradients(state, gradient, optimizer)
+        return state, {"loss": loss, **metrics, **update}
+
+    return step

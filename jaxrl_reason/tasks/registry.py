@@ -1,0 +1,33 @@
+"""Tasks by name, for configurations."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxrl_reason.errors import InputError, nearest
+from jaxrl_reason.tasks.arithmetic import ModularArithmetic
+from jaxrl_reason.tasks.countdown import Countdown
+from jaxrl_reason.tasks.knights_knaves import KnightsKnaves
+from jaxrl_reason.tasks.problem import Task
+
+TASKS: dict[str, type] = {task.name: task for task in (ModularArithmetic, Countdown, KnightsKnaves)}
+
+
+def make_task(name: str, options: Mapping[str, Any]) -> Task:
+    """Build a task from its name and its options (lists become tuples).
+
+    Raises:
+        InputError: for an unknown task, an unknown option or a value out of range.
+    """
+    if name not in TASKS:
+        raise InputError(f"task {name!r} is unknown; {nearest(name, TASKS)}")
+    allowed = {field.name for field in dataclasses.fields(TASKS[name])}
+    for option in options:
+        if option not in allowed:
+            hint = nearest(str(option), allowed)
+            raise InputError(f"option {option!r} of task {name!r} is unknown; {hint}")
+    values = {
+        option: tuple(value) if isinstance(value, list) else value
+        for option, value in options.items()
+    }
+    return TASKS[name](**values)

@@ -1,0 +1,27 @@
+"""Test settings: eight virtual CPU devices, strict promotion, no network."""
+
+import os
+
+# XLA sizes its CPU thread pools from NPROC. With fewer threads than twice the virtual devices a
+# sharded step can wait for a collective for ever, so this is set before jax is imported.
+os.environ["NPROC"] = "16"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def mesh8() -> jax.sharding.Mesh:
+    """A mesh over the eight virtual devices: axes data 2, fsdp 2, tensor 2."""
+    return jax.make_mesh(
+        (2, 2, 2),
+        ("data", "fsdp", "tensor"),
+        axis_types=(jax.sharding.AxisType.Auto,) * 3,
+    )

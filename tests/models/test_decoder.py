@@ -1,0 +1,218 @@
+"""The decoder: packing, caching, remat, presets, and parity with transformers' Qwen3."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_reason.models import PRESETS, Model, ModelConfig, preset, repeat_cache
+
+TINY = ModelConfig(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
+
+def make(config=TINY, seed=0):
+    model = Model(config)
+    params = jax.jit(model.init)(jax.random.key(seed))
+    # Unit scales would hide a norm that is applied twice or not at all.
+    bump = lambda p, x: x + 0.3 * jax.random.normal(jax.random.key(p), x.shape, x.dtype)
+    leaves, treedef = jax.tree.flatten(params)
+    return model, jax.tree.unflatten(treedef, [bump(i, x) for i, x in enumerate(leaves)])
+
+
+def tokens_of(length, seed=0, batch=2):
+    return jnp.asarray(np.random.default_rng(seed).integers(0, 40, (batch, length)), jnp.int32)
+
+
+def run(model, params, tokens, cache=None, start=0):
+    positions = jnp.broadcast_to(jnp.arange(start, start + tokens.shape[1])[None], tokens.shape)
+    return model.forward(
+        params, tokens, positions=positions, segment_ids=jnp.ones_like(tokens), cache=cache
+    )
+
+
+def test_a_cache_filled_in_pieces_gives_the_full_forward():
+    model, params = make()
+    tokens = tokens_of(12)
+    full, _ = run(model, params, tokens)
+    cache, pieces, at = model.init_cache(2, 16), [], 0
+    for size in (5, 1, 1, 3, 2):
+        hidden, cache = run(model, params, tokens[:, at : at + size], cache, at)
+        pieces.append(hidden)
+        at += size
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
+    assert int(cache.length) == 12
+
+
+def test_packed_documents_equal_separate_ones():
+    model, params = make()
+    first, second = tokens_of(5, 1, batch=1), tokens_of(7, 2, batch=1)
+    alone = [run(model, params, x)[0] for x in (first, second)]
+    row = jnp.concatenate([first, second, tokens_of(3, 3, batch=1)], axis=1)
+    segments = jnp.asarray([[1] * 5 + [2] * 7 + [0] * 3])
+    positions = jnp.asarray([[*range(5), *range(7), 0, 0, 0]])
+    packed, _ = model.forward(params, row, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(packed[:, :5], alone[0], atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:12], alone[1], atol=1e-5)
+    assert bool(jnp.all(jnp.isfinite(packed)))
+
+
+def test_a_token_sees_nothing_after_it():
+    model, params = make()
+    tokens = tokens_of(9)
+    changed = tokens.at[:, 6].set((tokens[:, 6] + 1) % 40)
+    a, b = run(model, params, tokens)[0], run(model, params, changed)[0]
+    np.testing.assert_array_equal(a[:, :6], b[:, :6])
+    assert float(jnp.max(jnp.abs(a[:, 6:] - b[:, 6:]))) > 1e-3
+
+
+def test_repeated_cache_serves_every_copy():
+    model, params = make()
+    prompt, following = tokens_of(6, batch=2), tokens_of(2, 5, batch=6)
+    _, cache = run(model, params, prompt, model.init_cache(2, 8))
+    shared, _ = run(model, params, following, repeat_cache(cache, 3), 6)
+    whole = jnp.concatenate([jnp.repeat(prompt, 3, axis=0), following], axis=1)
+    np.testing.assert_allclose(shared, run(model, params, whole)[0][:, 6:], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    model, params = make()
+    other = Model(dataclasses.replace(TINY, remat=remat))
+    loss = lambda m: jax.jit(jax.grad(lambda p: jnp.mean(run(m, p, tokens_of(8))[0] ** 2)))
+    pairs = zip(
+        jax.tree.leaves(loss(model)(params)), jax.tree.leaves(loss(other)(params)), strict=True
+    )
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_logits():
+    model, params = make(dataclasses.replace(TINY, dtype="bfloat16"))
+    hidden, _ = run(model, params, tokens_of(8))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    assert hidden.dtype == jnp.bfloat16
+    assert model.unembed(params, hidden).dtype == jnp.float32
+    wide, _ = run(Model(TINY), params, tokens_of(8))
+    np.testing.assert_allclose(hidden.astype(jnp.float32), wide, atol=0.15)
+
+
+def test_every_parameter_has_an_axis_name_for_every_dimension():
+    for config in (TINY, dataclasses.replace(TINY, tie_word_embeddings=False, qk_norm=False)):
+        model = Model(config)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        axes = model.axes()
+        jax.tree.map(
+            lambda names, shape: _check_rank(names, shape),
+            axes,
+            shapes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        assert sum(x.size for x in jax.tree.leaves(shapes)) == config.num_parameters
+
+
+def _check_rank(names, shape):
+    assert len(names) == len(shape.shape), (names, shape)
+
+
+def test_untied_head_is_its_own_parameter():
+    model, params = make(dataclasses.replace(TINY, tie_word_embeddings=False))
+    assert not np.allclose(params["head"], params["embedding"])
+    np.testing.assert_array_equal(model.unembedding(params), params["head"].T)
+
+
+def test_presets_span_the_promised_sizes():
+    sizes = {name: preset(name, vocab_size=64).num_parameters for name in PRESETS}
+    assert 0.25e6 < min(sizes.values()) < 0.4e6
+    assert 90e6 < max(sizes.values()) < 130e6
+    assert list(sizes.values()) == sorted(sizes.values())
+    for name, size in sizes.items():
+        assert size == pytest.approx(float(name[:-1]) * 1e6, rel=0.25), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple"),
+        ({"head_dim": 7}, "head_dim=7 must be even"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be at least 1"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+    with pytest.raises(ValueError, match="the presets are"):
+        preset("7b", vocab_size=10)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parity_with_transformers_qwen3(tied):
+    torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = dataclasses.replace(TINY, tie_word_embeddings=tied, rope_theta=5_000.0)
+    torch.manual_seed(0)
+    reference = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            tie_word_embeddings=tied,
+            attn_implementation="eager",
+        )
+    ).eval()
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    tokens = np.array(tokens_of(11))
+    with torch.no_grad():
+        wanted = reference(torch.from_numpy(tokens).long()).logits.numpy()
+    model, params = Model(config), from_qwen3(reference.state_dict(), config)
+    hidden, _ = run(model, params, jnp.asarray(tokens))
+    # Float32 on both sides; rounding differs by the order of sums over 32 to 48 channels.
+    np.testing.assert_allclose(model.unembed(params, hidden), wanted, atol=2e-4, rtol=1e-4)
+
+
+def from_qwen3(weights, config):
+    get = lambda name: weights[f"model.{name}"].numpy()
+    d, h = config.hidden_size, config.head_dim
+
+    def layer(i):
+        at = lambda name: get(f"layers.{i}.{name}.weight")
+        project = lambda name: {"kernel": at(f"self_attn.{name}_proj").T.reshape(d, -1, h)}
+        mlp = {n: {"kernel": at(f"mlp.{n}_proj").T} for n in ("gate", "up", "down")}
+        attention = {n: project(n) for n in ("q", "k", "v")}
+        attention["o"] = {"kernel": at("self_attn.o_proj").T.reshape(-1, h, d)}
+        attention |= {n: {"scale": at(f"self_attn.{n}")} for n in ("q_norm", "k_norm")}
+        return {
+            "attention": attention,
+            "mlp": mlp,
+            "attention_norm": {"scale": at("input_layernorm")},
+            "mlp_norm": {"scale": at("post_attention_layernorm")},
+        }
+
+    layers = [layer(i) for i in range(config.num_hidden_layers)]
+    params = {
+        "embedding": get("embed_tokens.weight"),
+        "final_norm": {"scale": get("norm.weight")},
+        "layers": jax.tree.map(lambda *xs: np.stack(xs), *layers),
+    }
+    if not config.tie_word_embeddings:
+        params["head"] = weights["lm_head.weight"].numpy()
+    return params
