@@ -8,7 +8,6 @@ once, after microbatches and devices are summed.
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ class WeightedMean:
         empty = self.weight == 0
         return jnp.where(empty, 0, self.total) / jnp.where(empty, 1, self.weight)
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: "WeightedMean") -> "WeightedMean":
         return WeightedMean(self.total + other.total, self.weight + other.weight)
 
 

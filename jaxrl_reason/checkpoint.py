@@ -3,6 +3,7 @@
     runs/<name>/<stage>/checkpoints/<step>/params   the model, which the next stage restores alone
                                           /state    optimiser state, step counter, ...
                                           /meta     meta.json: config, hashes, data cursor, parent
+                                          /files.json   sizes of the files, to notice damage
 
 A step directory gets its final name by one rename after everything in it has been written, so a
 save that was killed leaves nothing that `latest` could find. Every process of a multi-host run
@@ -14,13 +15,13 @@ be moved; `read_meta` gives it back as an absolute path.
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -35,9 +36,12 @@ from jaxrl_reason.errors import InputError, nearest
 
 Tree = TypeVar("Tree")
 
+_ITEMS = ("params", "state", "meta")
 _META_FILE = "meta.json"
-# Names of directories that a killed save or deletion leaves behind.
-_LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleted")
+_FILES_FILE = "files.json"
+# Directories of a save and of a deletion that are not over.
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
+_DELETED = "*.deleted"
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +83,8 @@ class Checkpoints:
             meta=ocp.JsonCheckpointHandler(_META_FILE),
         )
         self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(handler_registry=registry)
+            ocp.CompositeCheckpointHandler(handler_registry=registry),
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._record_files),
         )
 
     def save(self, step: int, *, params: Any, state: Any, meta: Mapping[str, Any]) -> None:
@@ -98,7 +103,7 @@ class Checkpoints:
         if path.exists():
             raise InputError(f"checkpoint {path} exists already; resume from it or remove it")
         if jax.process_index() == 0:
-            for pattern in _LEFTOVERS:
+            for pattern in (_UNFINISHED, _DELETED):  # left behind by a run that was killed
                 for leftover in self.directory.glob(pattern):
                     shutil.rmtree(leftover)
         items = {"params": ocp.args.StandardSave(_nested(params, "params"))}
@@ -116,6 +121,17 @@ class Checkpoints:
             # Renamed first: a deletion that is killed must not leave half a checkpoint behind.
             doomed = (self.directory / str(step)).rename(self.directory / f"{step}.deleted")
             shutil.rmtree(doomed)
+
+    def _record_files(self) -> None:
+        # Orbax calls this when all processes have written, before the rename that ends the save.
+        for unfinished in self.directory.glob(_UNFINISHED):
+            files = [file for item in _ITEMS for file in (unfinished / item).rglob("*")]
+            sizes = {
+                file.relative_to(unfinished).as_posix(): file.stat().st_size
+                for file in sorted(files)
+                if file.is_file()
+            }
+            (unfinished / _FILES_FILE).write_text(json.dumps(sizes), encoding="utf-8")
 
     def close(self) -> None:
         """Wait for the last save and stop the background thread."""
@@ -226,7 +242,9 @@ def restore_params(path: str | Path, like: Tree) -> Tree:
       InputError: shapes, dtypes or keys differ; the message lists all of them.
       DamagedCheckpointError: files are missing or unreadable.
     """
-    return _restore_item(find(path), "params", like)
+    path = find(path)
+    _check_files(path, ("params",))
+    return _restore_item(path, "params", like)
 
 
 def restore(path: str | Path, *, params: Any, state: Any) -> Restored:
@@ -235,6 +253,7 @@ def restore(path: str | Path, *, params: Any, state: Any) -> Restored:
     What is restored has the bits, dtypes and shapes that were saved, on any number of devices.
     """
     path = find(path)
+    _check_files(path, _ITEMS)
     return Restored(
         step=int(path.name),
         path=path,
@@ -247,8 +266,8 @@ def restore(path: str | Path, *, params: Any, state: Any) -> Restored:
 def latest_valid(directory: str | Path, *, params: Any, state: Any) -> Restored | None:
     """Restore the newest checkpoint that is not damaged; None where there is no checkpoint.
 
-    A damaged one is reported by a warning and renamed to `<step>.damaged`, which frees its number.
-    Raises `InputError` where every checkpoint is damaged, or where one does not fit.
+    A damaged one is reported by a warning and renamed to `<step>.damaged-<time>`, which frees its
+    number. Raises `InputError` where every checkpoint is damaged, or where one does not fit.
     """
     directory = _absolute(directory)
     damaged: list[Path] = []
@@ -261,7 +280,7 @@ def latest_valid(directory: str | Path, *, params: Any, state: Any) -> Restored 
             logger.warning("%s; falling back to the checkpoint before it", error)
         if _on_all_processes(restored is not None):
             for other in damaged if jax.process_index() == 0 else ():
-                _set_aside(other)
+                other.rename(f"{other}.damaged-{time.time_ns()}")
             return restored
         damaged.append(path)
     if damaged:
@@ -275,7 +294,8 @@ def _restore_item(path: Path, item: str, like: Tree) -> Tree:
     wanted = _named(like, item)
     # The annotation of Orbax is a path class of its own, of which only what pathlib has is used.
     directory: Any = path / item
-    if not wanted and not directory.exists():
+    if not directory.exists():
+        _check_fit(path, item, {}, wanted)
         return like
     # The handler and not a `Checkpointer`, which would make the other processes wait at a barrier
     # for one that found damage.
@@ -390,12 +410,26 @@ def _check_writable(directory: Path) -> None:
         ) from error
 
 
-def _set_aside(path: Path) -> None:
-    for number in itertools.count(1):
-        new = path.with_name(f"{path.name}.damaged" + (f"-{number}" if number > 1 else ""))
-        if not new.exists():
-            path.rename(new)
-            return
+def _check_files(path: Path, items: Sequence[str]) -> None:
+    """Raise `DamagedCheckpointError` unless every file of the items is as long as it was written.
+
+    Orbax notices as well, but only in the middle of reading, with many lines from its threads.
+    """
+    try:
+        sizes = json.loads((path / _FILES_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # the arrays may be sound without it
+        return
+    except (OSError, ValueError) as error:
+        raise _damaged(path, _FILES_FILE, error) from error
+    broken = []
+    for name, size in sizes.items():
+        file = path / name
+        found = file.stat().st_size if file.is_file() else 0
+        if name.split("/")[0] in items and found != size:
+            broken.append(f"{name} has {found} of {size} bytes")
+    if broken:
+        more = f" and {len(broken) - 1} more files" if len(broken) > 1 else ""
+        raise DamagedCheckpointError(f"checkpoint {path} is damaged: {broken[0]}{more}")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

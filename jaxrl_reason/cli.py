@@ -77,7 +77,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from jaxrl_reason.config import apply_overrides, to_json, validate
     from jaxrl_reason.stages.config import EvaluationConfig
-    from jaxrl_reason.stages.evaluate import evaluate
+    from jaxrl_reason.stages.evaluate import evaluate, write_samples
     from jaxrl_reason.stages.load import load
 
     loaded = load(arguments.checkpoint)
@@ -86,9 +86,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     config = validate(EvaluationConfig, raw, "evaluation")
     result, rows = evaluate(loaded.context, loaded.params, config)
     if arguments.samples is not None:
-        from jaxrl_reason.data.records import write_jsonl
-
-        write_jsonl(arguments.samples, rows)
+        write_samples(arguments.samples, rows)
     print(json.dumps({"checkpoint": arguments.checkpoint, **result}, indent=2))
 
 
@@ -125,7 +123,7 @@ def _ask(mark: str) -> str:
 
 
 def _lineage(arguments: argparse.Namespace) -> None:
-    from jaxrl_reason.checkpoint import lineage
+    from jaxrl_reason.stages.load import lineage
 
     for meta in lineage(arguments.checkpoint):
         if arguments.json:

@@ -73,7 +73,7 @@ class FieldLine:
     help: str
     """The sentence under the field."""
     kind: str = ""
-    """The `kind` for which the key exists; empty when the key always exists."""
+    """The `kind` for which the key exists, such as `sft` or, nested, `sft/file`; empty for all."""
 
 
 # Reading YAML
@@ -426,7 +426,8 @@ def _describe(
         name, kinds = _union(node)
         for member, reference in kinds.items():
             chosen = isinstance(default, dict) and default.get(name) == member
-            yield from _describe(root, reference, path, default if chosen else {}, member, seen)
+            below = f"{kind}/{member}" if kind else member
+            yield from _describe(root, reference, path, default if chosen else {}, below, seen)
     elif isinstance(values := node.get("additionalProperties"), Mapping):
         yield from _describe(root, values, f"{dot}<name>", {}, kind, seen)
     elif isinstance(items := node.get("items"), Mapping):

@@ -79,7 +79,7 @@ def chunked_token_logprobs(
     targets = targets.reshape(batch, num_spans, span).swapaxes(0, 1)
     recompute = jax.checkpoint(of_span)
     logprobs, entropy = jax.lax.map(lambda xs: recompute(*xs), (states, targets))
-    join = lambda x: _shift(x.swapaxes(0, 1).reshape(batch, -1)[:, :length])  # noqa: E731
+    join = lambda x: _shift(x.swapaxes(0, 1).reshape(batch, -1)[:, :length])
     return join(logprobs), join(entropy)
 
 

@@ -112,7 +112,7 @@ def tree_shardings(mesh: Mesh, axes, shapes, rules: AxisRules = DEFAULT_RULES):
                 problems.append(f"{where}: {name}={size} over {axis}={mesh.shape[axis]}")
         return NamedSharding(mesh, spec)
 
-    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
+    is_names = lambda x: isinstance(x, tuple)
     result = jax.tree_util.tree_map_with_path(sharding, axes, shapes, is_leaf=is_names)
     if problems:
         raise InputError(

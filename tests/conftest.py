@@ -1,6 +1,7 @@
-"""Test settings: eight virtual CPU devices, strict promotion, no network."""
+"""Test settings: eight virtual CPU devices, strict promotion, checked shapes, no network."""
 
 import os
+from pathlib import Path
 
 # XLA sizes its CPU thread pools from NPROC. With fewer threads than twice the virtual devices a
 # sharded step can wait for a collective for ever, so this is set before jax is imported.
@@ -9,12 +10,26 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import jaxtyping
+
+# Checks annotated shapes at every call; set before the modules are imported. Only inside the model:
+# functions further out take NumPy arrays too and check shapes themselves.
+jaxtyping.install_import_hook(
+    ["jaxrl_reason.models.attention", "jaxrl_reason.models.layers", "jaxrl_reason.sampling.decode"],
+    "beartype.beartype",
+)
+
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most of the time of a test is compilation, and most programs are those of the run before. Set by
+# `update` and not in the environment, so that commands started by a test compile as a user's do.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")

@@ -400,6 +400,31 @@ def test_help_lists_every_field_with_type_default_and_sentence():
     assert line("weights")[0] == "a mapping of names to float"
 
 
+def test_help_names_the_kinds_above_a_nested_union():
+    class File(Config):
+        kind: Literal["file"] = "file"
+        path: str
+
+    class Made(Config):
+        kind: Literal["made"] = "made"
+        number: int = 4
+
+    class Sft(Config):
+        kind: Literal["sft"]
+        data: Annotated[Made | File, pydantic.Field(discriminator="kind")] = Made(number=9)
+
+    class Dpo(Config):
+        kind: Literal["dpo"]
+
+    class Top(Config):
+        stage: Annotated[Sft | Dpo, pydantic.Field(discriminator="kind")]
+
+    found = {(line.path, line.kind): line.default for line in describe(Top)}
+    assert found["stage.data.number", "sft/made"] == "9"
+    assert found["stage.data.path", "sft/file"] == "required"
+    assert found["stage.kind", "dpo"] == "required"
+
+
 def test_the_saved_config_reads_back_equal_and_hashes_alike(tmp_path):
     run = load(tmp_path, GOOD, "sampling.max_tokens=2", "weights.x=.inf")
     saved = json.loads(json.dumps(to_json(run)))

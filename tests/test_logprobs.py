@@ -51,9 +51,7 @@ def test_chunks_change_neither_values_nor_gradients(chunk_size):
         return jnp.sum(weights * jnp.stack([a, token_entropy(logits, temperature=0.8)]))
 
     def chunked(hidden, head):
-        pair = chunked_token_logprobs(
-            hidden, head, tokens, temperature=0.8, chunk_size=chunk_size
-        )
+        pair = chunked_token_logprobs(hidden, head, tokens, temperature=0.8, chunk_size=chunk_size)
         return jnp.sum(weights * jnp.stack(pair))
 
     wanted = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head)

@@ -38,7 +38,7 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     if too_long:
         raise InputError(
             f"example {too_long[0]} has {lengths[too_long[0]]} tokens but a row holds "
-            f"max_length={row_length} ({len(too_long)} such examples); raise max_length or drop them"
+            f"max_length={row_length} ({len(too_long)} such examples); raise max_length or drop it"
         )
     rows: list[list[int]] = []
     room: list[int] = []
@@ -111,5 +111,5 @@ def microbatches(batch: Batch, count: int) -> Batch:
         raise InputError(
             f"a batch of {rows} rows does not divide into gradient_accumulation_steps={count}"
         )
-    cut = lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+    cut = lambda x: x.reshape(rows // count, count, *x.shape[1:]).swapaxes(0, 1)
     return {name: cut(x) for name, x in batch.items()}

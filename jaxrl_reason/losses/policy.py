@@ -26,7 +26,7 @@ class LossType:
 
     loss: Callable[..., Float[Array, "B T"]]
     """Called as ``loss(logprobs, old_logprobs, advantages, **options)``."""
-    how: str
+    aggregation: str
     """``how`` of ``arrays.aggregate``."""
     scale: str
     """``scale`` of ``advantages.group_advantages`` in the paper that the name stands for."""
@@ -185,13 +185,13 @@ _CLIPPED = {
 
 LOSS_TYPES: Mapping[str, LossType] = MappingProxyType(
     {
-        "grpo": LossType(how="sequence_mean", scale="group", **_CLIPPED),
-        "bnpo": LossType(how="token_mean", scale="group", **_CLIPPED),
-        "dr_grpo": LossType(how="constant", scale="none", **_CLIPPED),
-        "dapo": LossType(how="token_mean", scale="group", **_CLIPPED),
+        "grpo": LossType(aggregation="sequence_mean", scale="group", **_CLIPPED),
+        "bnpo": LossType(aggregation="token_mean", scale="group", **_CLIPPED),
+        "dr_grpo": LossType(aggregation="constant", scale="none", **_CLIPPED),
+        "dapo": LossType(aggregation="token_mean", scale="group", **_CLIPPED),
         "cispo": LossType(
             loss=cispo_loss,
-            how="token_mean",
+            aggregation="token_mean",
             scale="group",
             options=("epsilon", "epsilon_high"),
             clip_metrics=cispo_clip_metrics,

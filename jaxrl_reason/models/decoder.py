@@ -84,7 +84,7 @@ class Model:
     def axes(self) -> Params:
         """For every parameter the tuple of its logical axis names, in the structure of `init`."""
         boxed = jax.eval_shape(self._init_boxed, jax.random.key(0))
-        is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
+        is_box = lambda x: isinstance(x, nn.Partitioned)
         names = jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
         layers = jax.tree.map(lambda n: ("layers", *n), names["layers"], is_leaf=_is_names)
         return {**names, "layers": layers}
@@ -95,7 +95,7 @@ class Model:
         x = jnp.zeros((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
         mask = jnp.ones((1, 1, 1), bool)
         ends = Ends(self.config).init(ends_key, tokens)["params"]
-        init_block = lambda k: Block(self.config).init(k, x, tokens, mask)["params"]  # noqa: E731
+        init_block = lambda k: Block(self.config).init(k, x, tokens, mask)["params"]
         keys = jax.random.split(layers_key, self.config.num_hidden_layers)
         return {**ends, "layers": jax.vmap(init_block)(keys)}
 

@@ -13,7 +13,13 @@ from jax import Array
 from jaxtyping import Float, Shaped
 
 from jaxrl_reason.arrays import check_choice, check_number
-from jaxrl_reason.objectives.groups import grouped, per_objective, renormalized, standardized
+from jaxrl_reason.objectives.groups import (
+    SCALES,
+    grouped,
+    per_objective,
+    renormalized,
+    standardized,
+)
 from jaxrl_reason.objectives.simplex import (
     cagrad_weights,
     capped_weights,
@@ -171,8 +177,9 @@ def _balance(
     min_live: float = 0.0,
 ) -> Balanced:
     check_choice("scope", scope, SCOPES)
-    groups, applies = grouped(rewards, mask, num_generations)
+    check_choice("renormalize", renormalize, SCALES)
     check_number("min_std", min_std, at_least=0)
+    groups, applies = grouped(rewards, mask, num_generations)
     min_std = per_objective("min_std", min_std, groups)
     vectors, live = standardized(groups, applies, ddof=0, eps=0.0, min_std=min_std)
     grams = jnp.einsum("ngi,ngj->nij", vectors, vectors, precision=jax.lax.Precision.HIGHEST)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float, PyTree
 
 from jaxrl_reason.arrays import check_number, check_shape, to_floats
@@ -12,32 +13,33 @@ from jaxrl_reason.objectives.pareto import hypervolume
 
 
 def dynamic_weights_hypervolume(
-    history: Float[Array, "N M"],
-    current: Float[Array, " M"],
+    history: ArrayLike,
+    current: ArrayLike,
     *,
     floor: float = 0.5,
     gain: float = 1.5,
-) -> tuple[float, Float[Array, "N M"]]:
+) -> tuple[float, Float[np.ndarray, "N M"]]:
     """A factor for the scalarised reward, larger while the Pareto front still moves outward.
 
     factor = floor + gain tanh(max(dHV, 0)), where dHV is the hypervolume that ``current`` adds to
     ``history``; 0.5 and 1.5 are the authors' numbers. Host code (NumPy), once per evaluation.
 
     Args:
-        history: rewards at earlier evaluations. The first row is the reference point.
-        current: mean validation reward of each objective now.
+        history: rewards at earlier evaluations, ``[N, M]``. The first row is the reference point.
+        current: mean validation reward of each objective now, ``[M]``.
 
     Returns:
         The factor, and the history, with ``current`` appended if it adds volume.
     """
-    history, current = np.asarray(history), np.asarray(current)
-    if history.ndim != 2 or len(history) == 0:
-        raise ValueError(f"history has shape {history.shape}; expected [N, M] with N >= 1")
-    check_shape("current", current, history.shape[1:])
-    longer = np.concatenate([history, current[None]])
-    added = hypervolume(longer, history[0]) - hypervolume(history, history[0])
+    rows, point = np.asarray(history), np.asarray(current)
+    if rows.ndim != 2 or len(rows) == 0:
+        raise ValueError(f"history has shape {rows.shape}; expected [N, M] with N >= 1")
+    if point.shape != rows.shape[1:]:
+        raise ValueError(f"current has shape {point.shape}; expected {rows.shape[1:]}")
+    longer = np.concatenate([rows, point[None]])
+    added = hypervolume(longer, rows[0]) - hypervolume(rows, rows[0])
     factor = floor + gain * float(np.tanh(max(added, 0.0)))
-    return factor, longer if added > 0 else history
+    return factor, longer if added > 0 else rows
 
 
 def dynamic_weights_gradient(

@@ -26,7 +26,7 @@ def gram_matrix(gradients: PyTree[Float[Array, "M ..."]]) -> Float[Array, "M M"]
         # tensordot keeps the leaf's sharding, which a reshape to [M, P] would not.
         return jnp.tensordot(leaf, leaf, axes=(rest, rest), precision=jax.lax.Precision.HIGHEST)
 
-    return sum(inner(leaf) for leaf in leaves)
+    return jnp.sum(jnp.stack(to_floats(*[inner(leaf) for leaf in leaves])), axis=0)
 
 
 def combine(

@@ -94,7 +94,6 @@ def centered(scores: Float[Array, "N G"], *, scale: str) -> Float[Array, " B"]:
 
 def renormalized(advantages: Float[Array, "N G"], *, over: str) -> Float[Array, " B"]:
     """Advantages standardised over the ``batch`` or each ``group``, or as they are (``none``)."""
-    check_choice("renormalize", over, SCALES)
     if over == "none":
         return advantages.reshape(-1)
     axis = (0, 1) if over == "batch" else 1

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
 from jaxrl_reason.arrays import to_floats
@@ -22,21 +23,21 @@ def pareto_front(points: Float[Array, "N M"]) -> Bool[Array, " N"]:
     return ~jnp.any(dominates, axis=0) & ~jnp.any(jnp.isnan(points), axis=-1)
 
 
-def hypervolume(points: Float[Array, "N M"], reference: Float[Array, " M"]) -> float:
-    """Volume of the union of the boxes between ``reference`` and each point (Zitzler 1999).
+def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
+    """Volume of the union of the boxes between ``reference [M]`` and ``points [N, M]``.
 
-    Exact, by slicing along the last objective, in float64 on the host (NumPy: not for jit). Points
+    The S-metric of Zitzler (1999). Exact, by slicing along the last objective, in float64 on the host (NumPy: not for jit). Points
     that do not exceed the reference everywhere add nothing. The time grows like N^(M-1): fine for
     hundreds of points up to M = 4.
     """
-    points, reference = np.asarray(points, np.float64), np.asarray(reference, np.float64)
-    if points.ndim != 2 or reference.shape != points.shape[1:]:
+    rows, corner = np.asarray(points, np.float64), np.asarray(reference, np.float64)
+    if rows.ndim != 2 or corner.shape != rows.shape[1:]:
         raise ValueError(
-            f"points has shape {points.shape} and reference {reference.shape}; expected [N, M], [M]"
+            f"points has shape {rows.shape} and reference {corner.shape}; expected [N, M], [M]"
         )
-    if not (np.isfinite(points).all() and np.isfinite(reference).all()):
+    if not (np.isfinite(rows).all() and np.isfinite(corner).all()):
         raise ValueError("points and reference must be finite; got NaN or inf")
-    sides = points - reference
+    sides = rows - corner
     return float(_volume(sides[(sides > 0).all(axis=1)]))
 
 
@@ -45,7 +46,7 @@ def _volume(sides: np.ndarray) -> float:
     if len(sides) == 0:
         return 0.0
     if sides.shape[1] == 1:
-        return sides.max()
+        return float(sides.max())
     sides = sides[np.argsort(-sides[:, -1], kind="stable")]
     heights = sides[:, -1] - np.append(sides[1:, -1], 0.0)
     if sides.shape[1] == 2:

@@ -58,7 +58,7 @@ def prefill(
         cache=cache,
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    repeat = lambda x: jnp.repeat(x, num_generations, axis=0)  # noqa: E731
+    repeat = lambda x: jnp.repeat(x, num_generations, axis=0)
     rows = num_prompts * num_generations
     zeros = jnp.zeros((rows, max_completion_length), jnp.float32)
     return DecodeState(

@@ -102,8 +102,8 @@ class SampledPairs(Config):
 class Reward(Config):
     """What all rewards have in common."""
 
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Share in a weighted sum; a reward that should not count is left out instead."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share in a weighted sum, 1 when null; a reward that should not count is left out."""
 
 
 class AccuracyReward(Reward):
@@ -248,20 +248,36 @@ class PolicyConfig(Training):
     """Updates on each batch of completions; from the second on the ratio is not 1."""
     loss_type: str = "dapo"
     """Per-token loss and its average, by TRL's names."""
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """The ratio is clipped below at 1 - epsilon; acts with num_iterations > 1."""
+    epsilon: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Lower clip of the ratio, 1 - epsilon; 0.2 when null and num_iterations > 1."""
     epsilon_high: Annotated[float, Field(gt=0)] | None = None
-    """The ratio is clipped above at 1 + epsilon_high; epsilon when null."""
+    """Upper clip: 1 + epsilon_high, epsilon when null; with cispo the largest weight itself."""
+    delta: Annotated[float, Field(gt=1)] | None = None
+    """Upper bound on the ratio where the advantage is negative; no bound when null."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of KL(policy || parent); 0 loads no reference."""
     rewards: Annotated[tuple[AnyReward, ...], Field(min_length=1)]
     """Rewards, each with its options."""
 
+    @property
+    def clipping(self) -> dict[str, float]:
+        """The bounds on the ratio that are set, as the loss takes them."""
+        # With one update the ratio is 1 and any bound does; cispo needs no lower one.
+        epsilon = self.epsilon if self.loss_type == "cispo" else self.epsilon or 0.2
+        bounds = {"epsilon": epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta}
+        return {name: bound for name, bound in bounds.items() if bound is not None}
+
     @pydantic.model_validator(mode="after")
     def _acts(self):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}; allowed are {list(LOSS_TYPES)}")
-        clips = [name for name in ("epsilon", "epsilon_high") if name in self.model_fields_set]
+        bounds = ("epsilon", "epsilon_high", "delta")
+        clips = [name for name in bounds if getattr(self, name) is not None]
+        useless = [name for name in clips if name not in LOSS_TYPES[self.loss_type].options]
+        if useless:
+            raise ValueError(f"{useless[0]} cannot act with loss_type={self.loss_type}; remove it")
+        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
+            raise ValueError("loss_type=cispo needs epsilon_high >= 1: the largest weight itself")
         if clips and self.num_iterations == 1:
             raise ValueError(
                 f"{' and '.join(clips)} cannot act: with num_iterations=1 the ratio is always 1 "
@@ -305,7 +321,7 @@ class MORLConfig(PolicyConfig):
             raise ValueError(f"aggregator={self.aggregator!r}; allowed are {list(AGGREGATORS)}")
         if len(self.rewards) < 2:
             raise ValueError("morl needs at least two rewards; with one use a grpo stage")
-        weighted = [reward_name(r) for r in self.rewards if "weight" in r.model_fields_set]
+        weighted = [reward_name(reward) for reward in self.rewards if reward.weight is not None]
         if weighted and not self.aggregator_takes_weights:
             raise ValueError(
                 f"the weight of reward {weighted[0]!r} cannot act: {self.aggregator} finds its own "
@@ -397,6 +413,11 @@ class RunConfig(Config):
                 )
             known.append(name)
         return self
+
+
+def reward_weights(config: PolicyConfig) -> list[float]:
+    """The weight of each reward."""
+    return [1.0 if reward.weight is None else reward.weight for reward in config.rewards]
 
 
 def reward_name(reward: Reward) -> str:

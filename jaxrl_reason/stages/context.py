@@ -74,7 +74,7 @@ class Context:
     @functools.cached_property
     def params_like(self) -> Params:
         """Shapes with shardings: what a checkpoint is restored into."""
-        of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+        of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         return jax.tree.map(of, self.params_shapes, self.params_shardings)
 
     @functools.cached_property

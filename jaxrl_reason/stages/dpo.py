@@ -5,12 +5,15 @@ step, and its parameters are then let go. Pairs come from a file or from the par
 completion that the verifier accepts against one that it rejects.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 
 from jaxrl_reason.config import hash_json
 from jaxrl_reason.data.batching import Example, fill_rows, microbatches, step_indices
 from jaxrl_reason.data.records import load_records, write_jsonl
+from jaxrl_reason.data.tokenizer import render_prompt
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.sharding import batch_multiple, place_batch
 from jaxrl_reason.stages.config import DPOConfig, FileData
@@ -55,7 +58,7 @@ def run_dpo(stage: Stage) -> None:
 
 
 def preference_pairs(stage: Stage) -> list[Pair]:
-    """Token ids of every pair; sampled ones are written to `pairs.jsonl` and read back on resume.
+    """Token ids of every pair; sampled ones are written to a file and read back on resume.
 
     Raises:
         InputError: a malformed or over-long row, by file and line; or no pair at all.
@@ -64,16 +67,13 @@ def preference_pairs(stage: Stage) -> list[Pair]:
     if isinstance(config.data, FileData):
         path = config.data.path
     else:
-        path = stage.directory / "pairs.jsonl"
+        # Named after what made it: another configuration must not find these pairs.
+        path = stage.directory / f"pairs-{stage.hash}.jsonl"
         if not path.exists():
             write_jsonl(path, sampled_pairs(stage))
     pairs = []
     for record in load_records(path, required=("prompt", "chosen", "rejected")):
-        pair = record.check(
-            lambda row: tuple(
-                stage.context.encode(row["prompt"], row[side]) for side in ("chosen", "rejected")
-            )
-        )
+        pair = record.check(lambda row: encode_pair(stage, row))
         longest = max(len(prompt) + len(completion) for prompt, completion in pair)
         if longest > config.max_length:
             raise InputError(
@@ -84,11 +84,22 @@ def preference_pairs(stage: Stage) -> list[Pair]:
     return pairs
 
 
-def sampled_pairs(stage: Stage) -> list[dict[str, str]]:
-    """Rows of prompt, chosen and rejected text from the parent's own completions.
+def encode_pair(stage: Stage, row: dict[str, Any]) -> Pair:
+    """Token ids of a row's texts, or those sampled, which text might not give back."""
+    if "chosen_ids" in row:
+        prompt = render_prompt(stage.context.tokenizer, row["prompt"])
+        return (prompt, row["chosen_ids"]), (prompt, row["rejected_ids"])
+    chosen, rejected = (
+        stage.context.encode(row["prompt"], row[side]) for side in ("chosen", "rejected")
+    )
+    return chosen, rejected
+
+
+def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
+    """Rows of prompt, chosen and rejected, text and ids, from the parent's own completions.
 
     Raises:
-        InputError: the parent solves every problem always or never, so that no pair exists.
+        InputError: the parent solves nearly every problem always or never, so that pairs are few.
     """
     config: DPOConfig = stage.config
     context, data = stage.context, config.data
@@ -100,19 +111,22 @@ def sampled_pairs(stage: Stage) -> list[dict[str, str]]:
         stage.key(0),
         num_generations=data.num_generations,
     )
-    texts = context.decode(rollout.completions())
+    completions = rollout.completions()
+    texts = context.decode(completions)
     draw = np.random.default_rng(stage.seed)
     rows = []
-    for i, problem in enumerate(problems):
-        group = slice(i * data.num_generations, (i + 1) * data.num_generations)
+    for number, problem in enumerate(problems):
+        group = range(number * data.num_generations, (number + 1) * data.num_generations)
         # A completion cut at the longest length has no end to learn from.
-        ended = [t for t, f in zip(texts[group], rollout.finished[group], strict=True) if f]
-        right = [text for text in ended if context.task.verify(problem, text).correct]
-        wrong = [text for text in ended if not context.task.verify(problem, text).correct]
+        ended = [i for i in group if rollout.finished[i]]
+        right = [i for i in ended if context.task.verify(problem, texts[i]).correct]
+        wrong = [i for i in ended if i not in right]
         for _ in range(min(data.pairs_per_prompt, len(right), len(wrong))):
             chosen = right.pop(draw.integers(len(right)))
             rejected = wrong.pop(draw.integers(len(wrong)))
-            rows.append({"prompt": problem.prompt, "chosen": chosen, "rejected": rejected})
+            row = {"prompt": problem.prompt, "chosen": texts[chosen], "rejected": texts[rejected]}
+            ids = {"chosen_ids": completions[chosen], "rejected_ids": completions[rejected]}
+            rows.append(row | ids)
     if len(rows) < config.batch_size:
         raise InputError(
             f"stages.{stage.name}: the parent's samples for {data.num_prompts} problems gave "

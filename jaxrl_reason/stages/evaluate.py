@@ -79,6 +79,11 @@ def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tupl
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def write_samples(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    """Write the rows of `evaluate` as JSONL."""
+    write_jsonl(path, rows)
+
+
 def write_evaluation(directory: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """Write `samples.jsonl`, then `eval.json`, each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)

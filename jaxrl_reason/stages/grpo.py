@@ -35,7 +35,13 @@ from jaxrl_reason.rewards import (
 )
 from jaxrl_reason.sampling import Rollout
 from jaxrl_reason.sharding import place_batch
-from jaxrl_reason.stages.config import GRPOConfig, PolicyConfig, PythonReward, reward_name
+from jaxrl_reason.stages.config import (
+    GRPOConfig,
+    PolicyConfig,
+    PythonReward,
+    reward_name,
+    reward_weights,
+)
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.training import StepResult, compile_step, train
 from jaxrl_reason.steps import PolicyObjective, make_optimizer, make_policy_step
@@ -56,7 +62,7 @@ AdvantagesOf = Callable[[Scored], tuple[np.ndarray, dict[str, Any]]]
 def run_grpo(stage: Stage) -> None:
     """Train on one scalar reward, the weighted sum of the configured ones."""
     config: GRPOConfig = stage.config
-    weights = np.asarray([reward.weight for reward in config.rewards], np.float32)
+    weights = np.asarray(reward_weights(config), np.float32)
 
     def advantages_of(scored: Scored):
         reward = np.sum(scored.rewards * scored.mask * weights, axis=1)
@@ -83,8 +89,7 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
             optimizer,
             PolicyObjective(
                 loss_type=config.loss_type,
-                epsilon=config.epsilon,
-                epsilon_high=config.epsilon_high or config.epsilon,
+                options=config.clipping,
                 beta=config.beta,
                 temperature=config.sampling.temperature,
                 max_completion_length=config.max_completion_length,
@@ -235,7 +240,7 @@ def _reference(stage: Stage):
 
     @jax.jit
     def logprobs(params, batch):
-        one = lambda rows: model_logprobs(  # noqa: E731
+        one = lambda rows: model_logprobs(
             context.model,
             params,
             rows["tokens"],

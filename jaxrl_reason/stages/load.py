@@ -9,6 +9,8 @@ from jaxrl_reason.models import Params
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
 
+lineage = checkpoint.lineage
+
 
 class Loaded(NamedTuple):
     """A model of a run."""

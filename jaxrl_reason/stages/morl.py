@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxrl_reason.objectives import AGGREGATORS
-from jaxrl_reason.stages.config import MORLConfig, reward_name
+from jaxrl_reason.stages.config import MORLConfig, reward_name, reward_weights
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import Scored, train_policy
 
@@ -20,7 +20,7 @@ def run_morl(stage: Stage) -> None:
     names = [reward_name(reward) for reward in config.rewards]
     options = dict(config.aggregator_options)
     if config.aggregator_takes_weights:
-        options["weights"] = np.asarray([reward.weight for reward in config.rewards], np.float32)
+        options["weights"] = np.asarray(reward_weights(config), np.float32)
 
     @jax.jit
     def aggregate(rewards, mask):

@@ -30,7 +30,7 @@ def pareto_points(config: RunConfig) -> dict[str, Any] | None:
     accuracy = np.asarray([row["rewards/accuracy/mean"] for row in rows])
     brevity = 1 - np.asarray([row["completions/mean_length"] for row in rows]) / longest
     window = min(_WINDOW, len(rows))
-    smooth = lambda x: np.convolve(x, np.full(window, 1 / window), "valid")  # noqa: E731
+    smooth = lambda x: np.convolve(x, np.full(window, 1 / window), "valid")
     points = np.stack([smooth(accuracy), smooth(brevity)], axis=1)
     return {
         "stage": name,

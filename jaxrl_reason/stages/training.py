@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import optax
 
 from jaxrl_reason.checkpoint import Checkpoints, latest_valid
 from jaxrl_reason.metrics import MetricLog, Progress
 from jaxrl_reason.sharding import batch_sharding, replicated
 from jaxrl_reason.stages.context import Stage
-from jaxrl_reason.steps import Step, TrainState, init_state, state_shardings
+from jaxrl_reason.steps import Optimizer, Step, TrainState, init_state, state_shardings
 
 
 class StepResult(NamedTuple):
@@ -25,7 +24,7 @@ class StepResult(NamedTuple):
 OneStep = Callable[[TrainState, int], StepResult]
 
 
-def compile_step(stage: Stage, step: Step, optimizer: optax.GradientTransformation) -> Step:
+def compile_step(stage: Stage, step: Step, optimizer: Optimizer) -> Step:
     """Jit a step with the state's shardings and its memory donated; batches are [k, rows, ...]."""
     context = stage.context
     states = _shardings(stage, optimizer)
@@ -39,7 +38,7 @@ def compile_step(stage: Stage, step: Step, optimizer: optax.GradientTransformati
 
 def train(
     stage: Stage,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     one_step: OneStep,
     *,
     show: tuple[str, ...],
@@ -92,7 +91,7 @@ def train(
                 checkpoints.save(done, params=state.params, state=rest, meta=meta)
 
 
-def _start(stage: Stage, optimizer: optax.GradientTransformation) -> tuple[TrainState, int, float]:
+def _start(stage: Stage, optimizer: Optimizer) -> tuple[TrainState, int, float]:
     """The state to go on from, the steps already done, and the seconds they took."""
     context = stage.context
     shardings = _shardings(stage, optimizer)
@@ -109,7 +108,7 @@ def _start(stage: Stage, optimizer: optax.GradientTransformation) -> tuple[Train
     return state, restored.step, restored.meta["seconds"]
 
 
-def _shardings(stage: Stage, optimizer: optax.GradientTransformation) -> TrainState:
+def _shardings(stage: Stage, optimizer: Optimizer) -> TrainState:
     context = stage.context
     return state_shardings(
         context.params_shapes, optimizer, context.params_shardings, replicated(context.mesh)

@@ -4,6 +4,7 @@ from jaxrl_reason.steps.policy import PolicyObjective, make_policy_step
 from jaxrl_reason.steps.preference import make_preference_step, pair_logprobs
 from jaxrl_reason.steps.sft import make_sft_step
 from jaxrl_reason.steps.state import (
+    Optimizer,
     OptimizerConfig,
     Step,
     TrainState,
@@ -14,6 +15,7 @@ from jaxrl_reason.steps.state import (
 )
 
 __all__ = [
+    "Optimizer",
     "OptimizerConfig",
     "PolicyObjective",
     "Step",

@@ -43,7 +43,7 @@ def value_and_grad(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Array
         (loss, (weight, metrics)), gradient = gradient_of_total(params, microbatch)
         return WeightedMean(loss, weight), metrics, gradient
 
-    at = lambda i: jax.tree.map(lambda x: x[i], batch)  # noqa: E731
+    at = lambda i: jax.tree.map(lambda x: x[i], batch)
     mask = batch["completion_mask"]
     if mask.shape[0] == 1:
         loss, metrics, gradient = one(at(0))
@@ -51,11 +51,11 @@ def value_and_grad(loss_fn: LossFn, params: Params, batch: Batch) -> tuple[Array
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, at(0)))
         counts = jnp.any(mask, axis=tuple(range(1, mask.ndim))).astype(jnp.int32)
         used = jnp.max(counts * jnp.arange(1, mask.shape[0] + 1, dtype=jnp.int32))
-        add = lambda i, sums: jax.tree.map(jnp.add, sums, one(at(i)))  # noqa: E731
+        add = lambda i, sums: jax.tree.map(jnp.add, sums, one(at(i)))
         loss, metrics, gradient = jax.lax.fori_loop(0, used, add, zeros)
     # An empty batch has weight 0 and total 0: its gradient is 0, not NaN.
     scale = 1.0 / jnp.where(loss.weight == 0, 1, loss.weight)
     gradient = jax.tree.map(lambda g: g * scale.astype(g.dtype), gradient)
-    is_mean = lambda x: isinstance(x, WeightedMean)  # noqa: E731
+    is_mean = lambda x: isinstance(x, WeightedMean)
     means = jax.tree.map(lambda m: m.mean(), metrics, is_leaf=is_mean)
     return loss.mean(), gradient, means

@@ -1,9 +1,9 @@
 """Policy optimisation: one update on completions with advantages, for GRPO and its family."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from jaxrl_reason.arrays import aggregate
@@ -11,7 +11,7 @@ from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.losses import LOSS_TYPES, kl_estimate
 from jaxrl_reason.models import Model
 from jaxrl_reason.steps.accumulate import value_and_grad
-from jaxrl_reason.steps.state import Step, TrainState, apply_gradients
+from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,10 +20,8 @@ class PolicyObjective:
 
     loss_type: str
     """One of `LOSS_TYPES`: the per-token loss and how it is averaged."""
-    epsilon: float
-    """The ratio is clipped below at 1 - epsilon."""
-    epsilon_high: float
-    """The ratio is clipped above at 1 + epsilon_high."""
+    options: Mapping[str, float]
+    """Those of `epsilon`, `epsilon_high` and `delta` that are set."""
     beta: float
     """Weight of the k3 estimate of KL(policy || reference); 0 needs no `ref_logprobs`."""
     temperature: float
@@ -34,7 +32,7 @@ class PolicyObjective:
 
 def make_policy_step(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     objective: PolicyObjective,
     *,
     logprob_chunk_size: int,
@@ -47,12 +45,12 @@ def make_policy_step(
     with `beta > 0` also `ref_logprobs`. Metrics carry TRL's names.
     """
     variant = LOSS_TYPES[objective.loss_type]
-    bounds = {"epsilon": objective.epsilon, "epsilon_high": objective.epsilon_high}
-    options = {name: bounds[name] for name in variant.options}
+    options = dict(objective.options)
+    clipping = {name: bound for name, bound in options.items() if name != "delta"}
 
     def loss_fn(params, batch: dict[str, Array]):
         mask = batch["completion_mask"]
-        mean = lambda values: aggregate(values, mask, how="token_mean")  # noqa: E731
+        mean = lambda values: aggregate(values, mask, how="token_mean")
         logprobs, entropy = model_logprobs(
             model,
             params,
@@ -64,11 +62,9 @@ def make_policy_step(
         )
         old, advantages = batch["old_logprobs"], batch["advantages"]
         values = variant.loss(logprobs, old, advantages, **options)
-        clipped = variant.clip_metrics(logprobs, old, advantages, **options)
+        clipped = variant.clip_metrics(logprobs, old, advantages, **clipping)
         metrics = {
-            "clip_ratio/low_mean": mean(clipped.low),
-            "clip_ratio/high_mean": mean(clipped.high),
-            "clip_ratio/region_mean": mean(clipped.region),
+            **{f"clip_ratio/{side}_mean": mean(where) for side, where in clipped.items()},
             "entropy": mean(entropy),
             "sampling/sampling_logp_difference/mean": mean(jnp.abs(logprobs - old)),
         }
@@ -87,7 +83,7 @@ def make_policy_step(
 
     def step(state: TrainState, batch: dict[str, Array]):
         loss, gradient, metrics = value_and_grad(loss_fn, state.params, batch)
-        state, update = apply_gradients(state, gradient, optimizer)
-        return state, {"loss": loss, **metrics, **update}
+        state, update = apply_gradients(state, loss, gradient, optimizer)
+        return state, {**metrics, **update}
 
     return step

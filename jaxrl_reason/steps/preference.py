@@ -1,7 +1,6 @@
 """Preference optimisation: one update on pairs of completions."""
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.arrays import WeightedMean, masked_sum
@@ -9,7 +8,7 @@ from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.losses import PREFERENCE_LOSSES, preference_metrics
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.steps.accumulate import value_and_grad
-from jaxrl_reason.steps.state import Step, TrainState, apply_gradients
+from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
 
 
 def pair_logprobs(
@@ -41,7 +40,7 @@ _ROWS = ("tokens", "positions", "segment_ids", "completion_mask")
 
 def make_preference_step(
     model: Model,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     *,
     beta: float,
     label_smoothing: float,
@@ -69,14 +68,14 @@ def make_preference_step(
                 term = PREFERENCE_LOSSES[name](*arrays, beta=beta, **smoothing)
             losses += weight * term
         count = jnp.asarray(sums.shape[0], jnp.float32)
-        scalars = preference_metrics(*arrays, beta=beta)
-        scalars |= {"logps/chosen": jnp.mean(sums[:, 0]), "logps/rejected": jnp.mean(sums[:, 1])}
-        metrics = {name: WeightedMean(value * count, count) for name, value in scalars.items()}
+        of_pairs = preference_metrics(*arrays, beta=beta)
+        of_pairs |= {"logps/chosen": sums[:, 0], "logps/rejected": sums[:, 1]}
+        metrics = {name: WeightedMean(jnp.sum(x), count) for name, x in of_pairs.items()}
         return WeightedMean(jnp.sum(losses), count), metrics
 
     def step(state: TrainState, batch: dict[str, Array]):
         loss, gradient, metrics = value_and_grad(loss_fn, state.params, batch)
-        state, update = apply_gradients(state, gradient, optimizer)
-        return state, {"loss": loss, **metrics, **update}
+        state, update = apply_gradients(state, loss, gradient, optimizer)
+        return state, {**metrics, **update}
 
     return step

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: one update on packed rows of demonstrations."""
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array
 
 from jaxrl_reason.arrays import WeightedMean, aggregate
@@ -9,12 +8,10 @@ from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.losses import nll_loss
 from jaxrl_reason.models import Model
 from jaxrl_reason.steps.accumulate import value_and_grad
-from jaxrl_reason.steps.state import Step, TrainState, apply_gradients
+from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
 
 
-def make_sft_step(
-    model: Model, optimizer: optax.GradientTransformation, *, logprob_chunk_size: int
-) -> Step:
+def make_sft_step(model: Model, optimizer: Optimizer, *, logprob_chunk_size: int) -> Step:
     """The SFT update: mean negative log-likelihood over the tokens under `completion_mask`.
 
     The batch holds `tokens, positions, segment_ids, completion_mask`, each `[k, rows, T]` with k
@@ -31,7 +28,7 @@ def make_sft_step(
             temperature=1.0,
             chunk_size=logprob_chunk_size,
         )
-        mean = lambda values: aggregate(values, batch["completion_mask"], how="token_mean")  # noqa: E731
+        mean = lambda values: aggregate(values, batch["completion_mask"], how="token_mean")
         count = jnp.sum(batch["completion_mask"].astype(jnp.float32))
         metrics = {
             "entropy": mean(entropy),
@@ -42,7 +39,7 @@ def make_sft_step(
 
     def step(state: TrainState, batch: dict[str, Array]):
         loss, gradient, metrics = value_and_grad(loss_fn, state.params, batch)
-        state, update = apply_gradients(state, gradient, optimizer)
-        return state, {"loss": loss, **metrics, **update}
+        state, update = apply_gradients(state, loss, gradient, optimizer)
+        return state, {**metrics, **update}
 
     return step

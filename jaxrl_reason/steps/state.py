@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 from jaxrl_reason.models import Params
 
 Metrics = dict[str, Array]
+Optimizer = optax.GradientTransformation
 
 
 class TrainState(NamedTuple):
@@ -78,12 +79,12 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     return optax.join_schedules([rise, course], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
     """AdamW as configured for a run of `total_steps` updates."""
 
     def decayed(params: Params):
         # Norms' scales are the vectors, stacked over layers or not; everything else is a matrix.
-        is_scale = lambda path, _: path[-1].key == "scale"  # noqa: E731
+        is_scale = lambda path, _: path[-1].key == "scale"
         return jax.tree_util.tree_map_with_path(lambda path, p: not is_scale(path, p), params)
 
     return optax.chain(
@@ -99,13 +100,13 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientT
     )
 
 
-def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: Params, optimizer: Optimizer) -> TrainState:
     """A state before its first update. Run under `jax.jit` with `state_shardings`."""
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
 def state_shardings(
-    params_shapes, optimizer: optax.GradientTransformation, params_shardings, replicated
+    params_shapes, optimizer: Optimizer, params_shardings, replicated
 ) -> TrainState:
     """Shardings of a state: moments lie as their parameters do, scalars are replicated."""
     shapes = jax.eval_shape(optimizer.init, params_shapes)
@@ -120,20 +121,23 @@ def state_shardings(
 
 
 def apply_gradients(
-    state: TrainState, gradients: Params, optimizer: optax.GradientTransformation
+    state: TrainState, loss: Array, gradients: Params, optimizer: Optimizer
 ) -> tuple[TrainState, Metrics]:
-    """One update; a non-finite gradient leaves parameters and moments as they were, and is counted.
+    """One update; a non-finite loss or gradient leaves parameters and moments as they were.
 
     Returns:
-        The new state and `grad_norm` (before clipping) and `nonfinite_steps` (0 or 1).
+        The new state and `loss`, `grad_norm` (before clipping), `nonfinite_steps` (0 or 1).
     """
-    norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(norm)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    # Optax raises decays to an integer count, which strict dtype promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    keep = lambda new, old: jnp.where(finite, new, old)
     params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
-    metrics = {"grad_norm": norm, "nonfinite_steps": 1.0 - finite.astype(jnp.float32)}
+    skipped = 1.0 - finite.astype(jnp.float32)
+    metrics = {"loss": loss, "grad_norm": norm, "nonfinite_steps": skipped}
     return TrainState(params, opt_state, state.step + 1), metrics
 
 

@@ -23,7 +23,8 @@ def central_difference(function, arrays, index, step=1e-6):
 def agrees():
     """Asserts that a loss equals its oracle, in value and gradient.
 
-    Arrays after the first ``moving`` must have gradient 0. ``frozen`` is an oracle for the gradient where part of the loss is detached.
+    Arrays after the first ``moving`` must have gradient 0. ``frozen`` is an oracle for
+    the gradient where part of the loss is detached.
     """
 
     def check(loss, oracle, *arrays, moving=1, frozen=None):
@@ -37,7 +38,7 @@ def agrees():
         weights = np.random.default_rng(5).normal(size=expected.shape)
         with jax.enable_x64(True):
             inputs = [jnp.asarray(array) for array in arrays]
-            total = lambda *xs: jnp.sum(loss(*xs) * weights)  # noqa: E731
+            total = lambda *xs: jnp.sum(loss(*xs) * weights)
             value = loss(*inputs)
             gradients = jax.jit(jax.grad(total, argnums=tuple(range(len(arrays)))))(*inputs)
         assert value.dtype == np.float64

@@ -30,7 +30,7 @@ def evaluate(prompt: str, modulus: int) -> int:
 def canonical(prompt: str) -> str:
     """The prompt with its variables renamed in order of appearance."""
     names: dict[str, str] = {}
-    rename = lambda match: names.setdefault(match.group(), f"v{len(names)}")  # noqa: E731
+    rename = lambda match: names.setdefault(match.group(), f"v{len(names)}")
     return re.sub(r"[a-h]", rename, prompt)
 
 

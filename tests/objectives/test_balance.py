@@ -1,0 +1,302 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_reason.objectives import AGGREGATORS, min_norm_weights
+
+G = 8
+PROMPTS = 8  # one shape for most tests, so that one compilation serves them
+
+
+@functools.cache
+def compiled(name, options):
+    return jax.jit(functools.partial(AGGREGATORS[name], **dict(options)))
+
+
+def run(name, rewards, mask, **options):
+    options = {"num_generations": G, **HYPER[name], **options}
+    return compiled(name, tuple(sorted(options.items())))(rewards, np.asarray(mask, bool))
+
+
+pfab = functools.partial(run, "pfab")
+
+HYPER = {
+    "weighted_sum": {"weights": (1.0, 2.0, 0.5, 1.0)},
+    "gdpo": {"weights": (1.0, 2.0, 0.5, 1.0)},
+    "pfab": {"min_std": 1e-3},
+    "mgda": {},
+    "pcgrad": {},
+    "cagrad": {"c": 0.5},
+    "chebyshev": {"weights": (1.0, 2.0, 0.5, 1.0), "ideal": (1.0, 1.0, 1.0, 1.0), "rho": 0.1},
+    "lagrangian": {"weights": (1.0, 0.0, 0.0, 0.0), "multipliers": (0.0, 1.0, 2.0, 0.0)},
+}
+
+
+def mixed(prompts=PROMPTS, seed=0, group=G):
+    """Two binary and two continuous rewards, with an all-true mask."""
+    rng = np.random.default_rng(seed)
+    binary = rng.random((prompts * group, 2)) < 0.5
+    rewards = np.concatenate([binary, rng.random((prompts * group, 2))], axis=1)
+    return rewards.astype(np.float32), np.ones(rewards.shape, bool)
+
+
+def standardise(rewards, group=G):
+    groups = rewards.reshape(-1, group, rewards.shape[1]).astype(np.float64)
+    deviation = groups.std(1, keepdims=True)
+    live = deviation > 1e-3
+    return np.where(
+        live, (groups - groups.mean(1, keepdims=True)) / np.where(live, deviation, 1), 0
+    )
+
+
+def test_no_objective_is_worked_against():
+    rewards, mask = mixed()
+    advantages, weights = pfab(rewards, mask, renormalize="none")
+    assert advantages.dtype == weights.dtype == jnp.float32
+    assert weights.shape == (PROMPTS, 4)
+    z, a = standardise(rewards), np.asarray(advantages).reshape(-1, G)
+    inner, square = np.einsum("ngm,ng->nm", z, a) / G, np.sum(a**2, 1, keepdims=True) / G
+    live = np.any(z != 0, axis=1)
+    assert np.all((inner >= square - 1e-4)[live])
+    np.testing.assert_allclose(
+        np.where(weights > 1e-3, inner, 0), np.where(weights > 1e-3, square, 0), atol=1e-4
+    )
+    np.testing.assert_allclose(np.sum(weights, 1), 1, rtol=1e-5)
+
+
+def test_two_live_objectives_share_equally():
+    rng = np.random.default_rng(1)
+    base = rng.normal(size=(PROMPTS * G, 1))
+    for correlation in (-0.9, 0.0, 0.9):
+        other = correlation * base + 0.4 * rng.normal(size=base.shape)
+        rewards = np.concatenate([base, other], axis=1).astype(np.float32)
+        _, weights = pfab(rewards, np.ones_like(rewards))
+        np.testing.assert_allclose(weights, 0.5, atol=1e-3)
+
+
+def test_uncorrelated_objectives_share_equally():
+    contrasts = np.array([[1]])
+    for _ in range(3):
+        contrasts = np.block([[contrasts, contrasts], [contrasts, -contrasts]])
+    rewards = contrasts[:, [1, 2, 4, 7]].astype(np.float32)  # orthogonal and centred
+    rewards = np.tile(rewards, (PROMPTS, 1))
+    _, weights = pfab(rewards, np.ones_like(rewards))
+    np.testing.assert_allclose(weights, 0.25, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["group", "batch"])
+def test_clones_change_nothing(scope):
+    rewards, mask = mixed()
+    solve = functools.partial(pfab, scope=scope, renormalize="none")
+    alone, _ = solve(rewards, mask)
+    cloned, _ = solve(rewards[:, [0, 1, 2, 3, 3, 3]], mask[:, [0, 1, 2, 3, 3, 3]])
+    np.testing.assert_allclose(cloned, alone, atol=2e-4)
+    # Averaging the objectives is not invariant, so the test can fail.
+    z = standardise(rewards)
+    assert np.abs(z.mean(-1) - z[..., [0, 1, 2, 3, 3, 3]].mean(-1)).max() > 0.1
+
+
+def test_a_saturated_objective_must_be_left_out():
+    rewards, mask = mixed()
+    rewards[:, 0] = 0.1  # every completion has it
+    advantages, weights = pfab(rewards, mask, renormalize="none")
+    np.testing.assert_array_equal(weights[:, 0], 0)
+    fewer, _ = pfab(rewards[:, [1, 2, 3, 3]], mask, renormalize="none")  # a clone adds nothing
+    np.testing.assert_allclose(advantages, fewer, atol=2e-4)
+    assert np.abs(advantages).max() > 0.1
+    # min_std decides for rewards that hardly vary, and may differ between objectives.
+    rewards[:, 0] += 1e-4 * np.random.default_rng(0).normal(size=len(rewards)).astype(np.float32)
+    for min_std, left_out in ((1e-3, True), ((1e-6, 1.0, 0.0, 0.0), False)):
+        _, weights = pfab(rewards, mask, min_std=min_std)
+        assert np.all(np.asarray(weights[:, 0]) == 0) == left_out
+
+
+def test_all_dead_gives_zero():
+    rewards, mask = mixed()
+    advantages, weights = pfab(np.full_like(rewards, 0.1), mask)
+    np.testing.assert_array_equal(advantages, 0)
+    np.testing.assert_array_equal(weights, 0)
+
+
+def test_conflict_shrinks_the_advantage_and_large_groups_have_less_of_it():
+    x = np.random.default_rng(0).normal(size=G)
+    other = np.random.default_rng(1).normal(size=G)
+    lengths = []
+    for mix in (0.0, 0.5, 1.0):
+        rewards = np.stack([x, mix * -x + (1 - mix) * other, x, x], 1).astype(np.float32)
+        rewards = np.tile(rewards, (PROMPTS, 1))
+        advantages, _ = pfab(rewards, np.ones_like(rewards, bool), renormalize="none")
+        lengths.append(np.linalg.norm(advantages))
+    assert lengths[0] > lengths[1] > lengths[2]
+    assert lengths[2] < 1e-3
+
+    shares = []
+    solve = jax.jit(jax.vmap(min_norm_weights))
+    for group in (4, 8, 16):
+        z = standardise(mixed(400, group=group)[0], group)
+        live = np.any(z != 0, axis=1)
+        grams = (np.einsum("ngi,ngj->nij", z, z) / group).astype(np.float32)
+        weights = np.asarray(solve(grams, live))
+        square = np.einsum("ni,nij,nj->n", weights, grams, weights)
+        shares.append(np.mean(square[live.any(1)] < 0.05))
+    assert shares[0] > 0.3
+    assert 0.01 < shares[1] < 0.15
+    assert shares[2] < 0.01
+
+
+def rare_signal(prompts=256, share=0.125):
+    """Uncorrelated objectives of which the last is live for ``share`` of the prompts."""
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(prompts, G, 3)).astype(np.float32)
+    rewards[int(share * prompts) :, :, 2] = 0.0
+    return rewards.reshape(-1, 3), np.ones((prompts * G, 3))
+
+
+def test_batch_scope_raises_rare_signals():
+    rewards, mask = rare_signal()
+    _, weights = pfab(rewards, mask, scope="batch")
+    assert weights.shape == (1, 3)
+    expected = np.asarray([1, 1, 8]) / 10  # proportional to 1 / (live share)
+    np.testing.assert_allclose(weights[0], expected, atol=0.03)
+    _, capped = pfab(rewards, mask, scope="batch", max_weight=0.7)
+    np.testing.assert_allclose(capped[0], [0.15, 0.15, 0.7], atol=0.03)
+    # Too rare to be trusted: 2 of 256 prompts.
+    rewards, mask = rare_signal(share=2 / 256)
+    _, weights = pfab(rewards, mask, scope="batch")
+    np.testing.assert_allclose(weights[0], [0.5, 0.5, 0], atol=0.03)
+
+
+def test_max_weight_at_group_scope():
+    rewards, mask = mixed()
+    _, free = pfab(rewards, mask)
+    _, capped = pfab(rewards, mask, max_weight=0.3)
+    assert np.max(free) > 0.35
+    assert np.max(capped) < 0.3 + 1e-5
+    np.testing.assert_allclose(np.sum(capped, 1), 1, rtol=1e-5)
+
+
+def test_renormalize():
+    rewards, mask = mixed()
+    plain = np.asarray(pfab(rewards, mask, renormalize="none")[0], np.float64)
+    batch = (plain - plain.mean()) / (plain.std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(pfab(rewards, mask)[0], batch, atol=1e-5)
+    groups = plain.reshape(-1, G)
+    group = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
+    ours, _ = pfab(rewards, mask, renormalize="group")
+    np.testing.assert_allclose(ours, group.reshape(-1), atol=1e-4)
+
+
+def test_frank_wolfe_is_near_the_exact_solution():
+    rewards, mask = mixed()
+    exact, _ = pfab(rewards, mask, renormalize="none")
+    near, _ = pfab(rewards, mask, renormalize="none", frank_wolfe_steps=200)
+    rough, _ = pfab(rewards, mask, renormalize="none", frank_wolfe_steps=2)
+    errors = [np.sqrt(np.mean(np.square(a - exact))) for a in (near, rough)]
+    assert errors[0] < 0.03 < errors[1]
+
+
+def test_one_objective_is_grpo_with_population_deviation():
+    rewards, mask = mixed()
+    advantages, weights = pfab(rewards[:, 2:3], mask[:, 2:3], renormalize="none")
+    np.testing.assert_allclose(advantages, standardise(rewards[:, 2:3]).reshape(-1), atol=1e-5)
+    np.testing.assert_array_equal(weights, 1)
+
+
+def test_every_aggregator_has_an_example():
+    assert set(HYPER) == set(AGGREGATORS)
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_aggregators(name):
+    rewards, mask = mixed()
+    mask[:G, 0] = False  # an objective that does not apply to the first prompt
+    mask[2 * G + 1, 3] = False  # and a single missing reward
+    call = functools.partial(run, name)
+    advantages, weights = call(rewards, mask)
+    assert advantages.shape == (PROMPTS * G,)
+    assert weights.shape in ((1, 4), (PROMPTS, 4))
+    assert advantages.dtype == weights.dtype == jnp.float32
+    assert np.std(advantages) > 0.5
+
+    # Nothing under a false mask is read.
+    dirty, dirty_weights = call(np.where(mask, rewards, np.nan), mask)
+    np.testing.assert_array_equal(dirty, advantages)
+    np.testing.assert_array_equal(dirty_weights, weights)
+
+    # Shifting one objective's rewards changes nothing, nor does the order of the prompts.
+    shift = np.asarray([0.0, 0.0, 0.0, 0.25], np.float32)
+    if name != "chebyshev":  # whose ideal point would have to move along
+        np.testing.assert_allclose(call(rewards + shift, mask)[0], advantages, atol=2e-3)
+    order = np.random.default_rng(0).permutation(np.arange(PROMPTS * G).reshape(-1, G)).reshape(-1)
+    shuffled, _ = call(rewards[order], mask[order])
+    np.testing.assert_allclose(shuffled, advantages[order], atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["weighted_sum", "pfab"])
+def test_advantages_are_detached(name):
+    rewards, mask = mixed()
+    total = lambda r: jnp.sum(run(name, r, mask)[0] * r[:, 0])
+    gradient = jax.grad(total)(jnp.asarray(rewards))
+    np.testing.assert_array_equal(gradient[:, 0], run(name, rewards, mask)[0])
+    np.testing.assert_array_equal(gradient[:, 1:], 0)
+
+
+def test_balancing_rules_in_advantage_space():
+    # At batch scope without guards, P-FAB is MGDA; PCGrad and CAGrad are other rules.
+    rewards, mask = mixed()
+    z = standardise(rewards).reshape(-1, 4)
+    by_name = {}
+    for name in ("mgda", "pcgrad", "cagrad"):
+        advantages, weights = run(name, rewards, mask, renormalize="none")
+        np.testing.assert_allclose(advantages, z @ np.asarray(weights[0]), atol=1e-4)
+        by_name[name] = np.asarray(advantages)
+    pfab_batch, _ = pfab(rewards, mask, scope="batch", renormalize="none")
+    np.testing.assert_allclose(by_name["mgda"], pfab_batch, atol=1e-5)
+    assert not np.allclose(by_name["mgda"], by_name["pcgrad"], atol=1e-2)
+    assert not np.allclose(by_name["mgda"], by_name["cagrad"], atol=1e-2)
+
+    grouped, weights = run("pcgrad", rewards, mask, renormalize="none", scope="group")
+    assert weights.shape == (PROMPTS, 4)
+    assert not np.allclose(grouped, by_name["pcgrad"], atol=1e-2)
+
+
+def test_float64_and_sharded(mesh8):
+    rewards, mask = mixed()
+    with jax.enable_x64(True):
+        wide, weights = pfab(rewards.astype(np.float64), mask)
+        assert wide.dtype == weights.dtype == np.float64
+    np.testing.assert_allclose(pfab(rewards, mask)[0], wide, atol=1e-3)
+
+    rows = jax.NamedSharding(mesh8, jax.P(("data", "fsdp", "tensor")))
+    placed = [jax.device_put(array, rows) for array in (rewards, mask)]
+    np.testing.assert_allclose(pfab(*placed)[0], pfab(rewards, mask)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scope": "token"}, "scope='token' is unknown; use one of 'group', 'batch'"),
+        ({"renormalize": "all"}, "renormalize='all' is unknown"),
+        ({"max_weight": 1.5}, "max_weight=1.5"),
+        ({"min_std": -1.0}, "min_std=-1.0"),
+        ({"min_std": (0.1, 0.1)}, r"min_std has shape \(2,\); expected \(4,\)"),
+        ({"num_generations": 7}, "64 rows do not split into groups of num_generations=7"),
+        ({"num_generations": 1}, "needs at least 2 completions"),
+        ({"frank_wolfe_steps": 0}, "steps=0"),
+    ],
+)
+def test_errors(options, message):
+    rewards, mask = mixed()
+    with pytest.raises(ValueError, match=message):
+        pfab(rewards, mask, **options)
+
+
+def test_shape_errors():
+    rewards, mask = mixed()
+    with pytest.raises(ValueError, match=r"expected \[B, M\]"):
+        pfab(rewards[:, 0], mask[:, 0])
+    with pytest.raises(ValueError, match="mask has shape"):
+        pfab(rewards, mask[:, :2])

@@ -1,0 +1,68 @@
+"""The mesh, axis rules, and errors that name what does not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.models import Model, preset
+from jaxrl_reason.sharding import (
+    DEFAULT_RULES,
+    AxisRules,
+    MeshConfig,
+    batch_multiple,
+    make_mesh,
+    place_batch,
+    tree_shardings,
+)
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert batch_multiple(mesh) == 4
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)["data"] == 1
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"data": 3}, {"data": -1, "fsdp": -1}, {"data": 8, "fsdp": 2}, {"fsdp": 0}]
+)
+def test_meshes_that_do_not_fit_are_refused(sizes):
+    with pytest.raises(InputError, match="does not fit 8 devices"):
+        make_mesh(MeshConfig(**sizes))
+
+
+def test_every_logical_axis_of_the_model_has_a_rule_and_is_used_once():
+    model = Model(preset("0.3m", vocab_size=64))
+    is_names = lambda x: isinstance(x, tuple)
+    for names in jax.tree.leaves(model.axes(), is_leaf=is_names):
+        assert isinstance(DEFAULT_RULES.spec(names), PartitionSpec)
+
+
+def test_unknown_and_doubled_axes_raise():
+    rules = AxisRules({"embed": "fsdp", "mlp": "fsdp"})
+    with pytest.raises(ValueError, match="no rule for logical axes"):
+        rules.spec(("embed", "vocab"))
+    with pytest.raises(ValueError, match="use a mesh axis twice"):
+        rules.spec(("embed", "mlp"))
+
+
+def test_dimensions_that_do_not_divide_are_listed_together():
+    model = Model(preset("0.3m", vocab_size=63))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    with pytest.raises(InputError) as caught:
+        tree_shardings(mesh, model.axes(), shapes)
+    assert "embedding: vocab=63 over tensor=8" in str(caught.value)
+    assert "layers/attention/q/kernel: heads=4 over tensor=8" in str(caught.value)
+
+
+def test_batches_are_cut_over_data_and_fsdp():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    placed = place_batch({"x": np.arange(32).reshape(2, 16)}, mesh, batch_axis=1)
+    assert placed["x"].addressable_shards[0].data.shape == (2, 2)
+    np.testing.assert_array_equal(placed["x"], np.arange(32).reshape(2, 16))
+    with pytest.raises(InputError, match="batch of 12 rows does not divide over 8 devices"):
+        place_batch({"x": jnp.zeros((12, 3))}, mesh)
