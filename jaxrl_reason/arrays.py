@@ -58,7 +58,7 @@ def check_shape(name: str, array: Shaped[Array, "..."], shape: tuple[int, ...]) 
         raise ValueError(f"{name} has shape {jnp.shape(array)}; expected {tuple(shape)}")
 
 
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raises ValueError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, allowed))}")
@@ -198,18 +198,19 @@ def aggregate(
     if values.ndim != 2:
         raise ValueError(f"values has shape {values.shape}; expected [B, T]")
     check_shape("mask", mask, values.shape)
-    if how == "constant" and (max_length is None or max_length <= 0):
+    longest = 0 if max_length is None else max_length
+    if how == "constant" and longest <= 0:
         raise ValueError(f"how='constant' needs a positive max_length; got {max_length}")
     if how == "token_mean":
         return WeightedMean(masked_sum(values, mask), jnp.sum(mask, dtype=values.dtype))
     lengths = _sequence_lengths(mask, segment_ids).astype(values.dtype)
     if how == "constant" and segment_ids is None:
-        weight = jnp.asarray(values.shape[0] * max_length, values.dtype)
+        weight = jnp.asarray(values.shape[0] * longest, values.dtype)
         return WeightedMean(masked_sum(values, mask), weight)
     # Every token of a sequence of n tokens contributes 1/n of a sequence.
     sequences = jnp.sum(jnp.where(mask, 1 / jnp.maximum(lengths, 1), 0))
     if how == "constant":
-        return WeightedMean(masked_sum(values, mask), sequences * max_length)
+        return WeightedMean(masked_sum(values, mask), sequences * longest)
     if how == "sequence_mean":
         values = jnp.where(mask, values, 0) / jnp.maximum(lengths, 1)
     return WeightedMean(masked_sum(values, mask), sequences)

@@ -26,9 +26,9 @@ def pareto_front(points: Float[Array, "N M"]) -> Bool[Array, " N"]:
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
     """Volume of the union of the boxes between ``reference [M]`` and ``points [N, M]``.
 
-    The S-metric of Zitzler (1999). Exact, by slicing along the last objective, in float64 on the host (NumPy: not for jit). Points
-    that do not exceed the reference everywhere add nothing. The time grows like N^(M-1): fine for
-    hundreds of points up to M = 4.
+    The S-metric of Zitzler (1999). Exact, by slicing along the last objective, in float64 on the
+    host (NumPy: not for jit). Points that do not exceed the reference everywhere add nothing. The
+    time grows like N^(M-1): fine for hundreds of points up to M = 4.
     """
     rows, corner = np.asarray(points, np.float64), np.asarray(reference, np.float64)
     if rows.ndim != 2 or corner.shape != rows.shape[1:]:

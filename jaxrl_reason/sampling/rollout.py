@@ -93,7 +93,7 @@ class Sampler:
             key: the draws of completion g of prompt i depend on (key, i, g) only.
             num_generations: completions per prompt.
             batch_prompts: compile for this many prompts and pad the batch; default, as many as
-                there are.
+                there are. Either is rounded up to a multiple of the devices.
 
         Raises:
             InputError: an empty prompt, or one longer than `max_prompt_length`.
@@ -101,14 +101,13 @@ class Sampler:
         rows = batch_prompts or len(prompts)
         if not 0 < len(prompts) <= rows:
             raise ValueError(f"got {len(prompts)} prompts for a batch of {rows}")
+        devices = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        rows = -(-rows // devices) * devices
         padded, mask = self._pad(prompts, rows)
         # A row's key is a function of its prompt's index and its own, so padding changes nothing.
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(rows * num_generations))
-        rows_over = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
-        if (
-            rows * num_generations
-        ) % self._row_multiple() == 0 and rows % self._row_multiple() == 0:
-            padded, mask, keys = jax.device_put((padded, mask, keys), rows_over)
+        over_rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        padded, mask, keys = jax.device_put((padded, mask, keys), over_rows)
         state = _prefill(
             self.model,
             params,
@@ -132,9 +131,6 @@ class Sampler:
             if bool(jnp.all(state.done)):
                 break
         return self._rollout(state, prompts, num_generations)
-
-    def _row_multiple(self) -> int:
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def _pad(self, prompts, rows):
         padded = np.full((rows, self.max_prompt_length), self.pad_id, np.int32)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.errors import nearest
-from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES
+from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES, SMOOTHED_LOSSES
 from jaxrl_reason.models import PRESETS, ModelConfig, preset
 from jaxrl_reason.objectives import AGGREGATORS
 from jaxrl_reason.sampling import SamplingConfig
@@ -222,12 +222,13 @@ class DPOConfig(Training):
                 f"loss_weights has {len(self.loss_weights)} entries for "
                 f"{len(self.loss_type)} terms in loss_type"
             )
-        smoothable = {"sigmoid", "robust"}
-        if self.label_smoothing and not smoothable & set(self.loss_type):
+        if self.label_smoothing and not set(SMOOTHED_LOSSES) & set(self.loss_type):
             raise ValueError(
                 f"label_smoothing cannot act with loss_type={list(self.loss_type)}; "
-                f"it acts with {sorted(smoothable)}"
+                f"it acts with {sorted(SMOOTHED_LOSSES)}"
             )
+        if "robust" in self.loss_type and not self.label_smoothing:
+            raise ValueError("loss_type=robust corrects for label_smoothing, which is 0; set it")
         return self
 
 

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 
 from jaxrl_reason.objectives import AGGREGATORS
+from jaxrl_reason.stages.completions import Scored
 from jaxrl_reason.stages.config import MORLConfig, reward_name, reward_weights
 from jaxrl_reason.stages.context import Stage
-from jaxrl_reason.stages.grpo import Scored, train_policy
+from jaxrl_reason.stages.grpo import train_policy
 
 
 def run_morl(stage: Stage) -> None:

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.arrays import WeightedMean, masked_sum
 from jaxrl_reason.logprobs import model_logprobs
-from jaxrl_reason.losses import PREFERENCE_LOSSES, preference_metrics
+from jaxrl_reason.losses import PREFERENCE_LOSSES, SMOOTHED_LOSSES, preference_metrics
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.steps.accumulate import value_and_grad
 from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
@@ -64,7 +64,8 @@ def make_preference_step(
             if name == "sft":
                 term = -sums[:, 0] / jnp.maximum(lengths[:, 0], 1).astype(jnp.float32)
             else:
-                smoothing = {"label_smoothing": label_smoothing} if label_smoothing else {}
+                smooths = name in SMOOTHED_LOSSES
+                smoothing = {"label_smoothing": label_smoothing} if smooths else {}
                 term = PREFERENCE_LOSSES[name](*arrays, beta=beta, **smoothing)
             losses += weight * term
         count = jnp.asarray(sums.shape[0], jnp.float32)
