@@ -61,7 +61,8 @@ def stage_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], frame: box.Box) -> Table:
-    table = Table(box=frame)
+    # The names of stages must survive on a terminal of 80 columns.
+    table = Table(box=frame, collapse_padding=True, pad_edge=False)
     for index, header in enumerate(_HEADERS):
         justify = "left" if index < _TEXT_COLUMNS else "right"
         table.add_column(header, justify=justify, no_wrap=index >= _TEXT_COLUMNS)

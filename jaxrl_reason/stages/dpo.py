@@ -24,6 +24,8 @@ from jaxrl_reason.steps import make_optimizer, make_preference_step, pair_logpro
 Pair = tuple[Example, Example]
 """Token ids of a chosen and of a rejected (prompt, completion)."""
 
+_ROW_MULTIPLE = 16
+
 
 def run_dpo(stage: Stage) -> None:
     """Train on the stage's pairs, from its last checkpoint or its parent."""
@@ -31,7 +33,8 @@ def run_dpo(stage: Stage) -> None:
     count = config.gradient_accumulation_steps
     stage.check_rows("batch_size", config.batch_size, microbatches=count)
     pairs = preference_pairs(stage)
-    reference = reference_logprobs(stage, pairs)
+    length = row_length(stage, pairs)
+    reference = reference_logprobs(stage, pairs, length)
     optimizer = make_optimizer(config.optimizer, config.steps)
     step_function = make_preference_step(
         stage.context.model,
@@ -46,7 +49,7 @@ def run_dpo(stage: Stage) -> None:
 
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(pairs), batch_size=config.batch_size)
-        batch = pair_rows(stage, [pairs[i] for i in chosen])
+        batch = pair_rows(stage, [pairs[i] for i in chosen], length)
         num_tokens = int((batch["segment_ids"] > 0).sum())
         batch["ref_logprobs"] = reference[chosen]
         cut = microbatches(batch, count)
@@ -136,7 +139,13 @@ def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
     return rows
 
 
-def reference_logprobs(stage: Stage, pairs: list[Pair]) -> np.ndarray:
+def row_length(stage: Stage, pairs: list[Pair]) -> int:
+    """Tokens of a row: the longest of the data, rounded up, so that no row is mostly padding."""
+    longest = max(len(prompt) + len(ids) for pair in pairs for prompt, ids in pair)
+    return min(-(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE, stage.config.max_length)
+
+
+def reference_logprobs(stage: Stage, pairs: list[Pair], length: int) -> np.ndarray:
     """Sequence log-probs [pairs, 2] of every pair under the parent."""
     config: DPOConfig = stage.config
     context = stage.context
@@ -155,14 +164,13 @@ def reference_logprobs(stage: Stage, pairs: list[Pair]) -> np.ndarray:
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         # One shape for all: the last part is filled up with copies of its first pair.
-        batch = pair_rows(stage, part + part[:1] * (size - len(part)))
+        batch = pair_rows(stage, part + part[:1] * (size - len(part)), length)
         results.append(np.asarray(compute(params, place_batch(batch, context.mesh)))[: len(part)])
     return np.concatenate(results)
 
 
-def pair_rows(stage: Stage, pairs: list[Pair]) -> dict[str, np.ndarray]:
+def pair_rows(stage: Stage, pairs: list[Pair], length: int) -> dict[str, np.ndarray]:
     """Arrays [pairs, 2, T], the chosen completion first."""
     flat = [[example] for pair in pairs for example in pair]
-    length = stage.config.max_length
     batch = fill_rows(flat, length, pad_id=stage.context.tokenizer.pad_token_id)
     return {name: x.reshape(len(pairs), 2, length) for name, x in batch.items()}
