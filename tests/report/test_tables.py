@@ -49,8 +49,10 @@ def test_stage_table_shows_fractions_as_percent_and_seconds_as_minutes():
 
 
 def test_stage_table_fits_eighty_columns():
-    lines = show(stage_table(ROWS), width=80).splitlines()
+    rows = [*ROWS, {**ROWS[1], "stage": "cold_start"}]
+    lines = show(stage_table(rows), width=80).splitlines()
     assert max(map(len, lines)) <= 80
+    assert any("cold_start" in line for line in lines)
     assert any("46.8 - 55.5 %" in line and "2:14" in line for line in lines)
 
 
@@ -58,7 +60,7 @@ def test_stage_text_is_ascii_without_escapes():
     text = stage_text([*ROWS, {**ROWS[1], "stage": "grpo"}])
     assert text.isascii()
     assert "\x1b" not in text
-    assert text.index("init") < text.index("| sft ") < text.index("| grpo ")
+    assert text.index("init") < text.index("sft ") < text.index("grpo ")
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
