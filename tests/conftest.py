@@ -1,4 +1,4 @@
-"""Test settings: eight virtual CPU devices, strict promotion, checked shapes, no network."""
+"""Test settings: eight virtual CPU devices, strict promotion, no network."""
 
 import os
 from pathlib import Path
@@ -9,15 +9,6 @@ os.environ["NPROC"] = "16"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
-
-import jaxtyping
-
-# Checks annotated shapes at every call; set before the modules are imported. Only inside the model:
-# functions further out take NumPy arrays too and check shapes themselves.
-jaxtyping.install_import_hook(
-    ["jaxrl_reason.models.attention", "jaxrl_reason.models.layers", "jaxrl_reason.sampling.decode"],
-    "beartype.beartype",
-)
 
 import jax
 import pytest
