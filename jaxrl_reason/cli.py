@@ -96,7 +96,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _sample(arguments: argparse.Namespace) -> None:
     from jaxrl_reason.config import apply_overrides, validate
     from jaxrl_reason.stages.load import load
-    from jaxrl_reason.stages.sample import SampleConfig, complete, read_prompts
+    from jaxrl_reason.stages.sample import Prompt, SampleConfig, complete, read_prompts
 
     loaded = load(arguments.checkpoint)
     default = {"max_completion_length": loaded.context.config.evaluation.max_completion_length}
@@ -111,7 +111,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     number = 0
     while (prompt := _ask("> ")) != "":
         try:
-            for row in complete(loaded, [prompt], config, first=number):
+            for row in complete(loaded, [Prompt(prompt, "prompt")], config, first=number):
                 print(f"{row['completion']}   [{row['length']} tokens]")
             number += 1
         except InputError as error:

@@ -322,6 +322,10 @@ def validate(cls: type[ConfigType], raw: Mapping[str, Any], source: str) -> Conf
 
 
 def _problem(root: Schema, error: Mapping[str, Any]) -> str:
+    if error["loc"][-1:] == ("[key]",):
+        _, mapping, path = _locate(root, error["loc"][:-2])
+        key, names = error["loc"][-2], _follow(root, mapping)["propertyNames"]
+        return f"{path}.{key}: unknown key; {nearest(str(key), names.get('enum', ()))}"
     parent, node, path = _locate(root, error["loc"])
     got, context = error["input"], error.get("ctx", {})
     match error["type"]:

@@ -5,6 +5,7 @@ plain or async. None means that the reward does not apply to that completion: it
 """
 
 import asyncio
+import concurrent.futures
 import importlib
 import inspect
 import math
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxrl_reason.errors import InputError
+from jaxrl_reason.errors import InputError, nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
@@ -44,13 +45,15 @@ def score(
             finite number; the message names the reward and the row.
     """
     given = {"completion_ids": completion_ids, **columns}
-    returned = []
+    returned: dict[str, Any] = {}
     for name, function in functions.items():
         try:
-            returned.append(function(prompts, completions, **given))
+            returned[name] = function(prompts, completions, **given)
         except Exception as error:
+            for started in filter(inspect.iscoroutine, returned.values()):
+                started.close()
             raise InputError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    returned = _await(dict(zip(functions, returned, strict=True)))
+    returned = _await(returned)
     rewards = np.zeros((len(completions), len(functions)), np.float32)
     mask = np.zeros(rewards.shape, bool)
     for m, (name, values) in enumerate(returned.items()):
@@ -67,11 +70,18 @@ def load_function(where: str) -> RewardFunction:
     module_name, _, name = where.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"reward function {where!r}: cannot import: {error}") from error
-    if not hasattr(module, name):
-        raise InputError(f"reward function {where!r}: module {module_name} has no {name!r}")
-    return getattr(module, name)
+    except Exception as error:  # the module is the user's: anything may go wrong in it
+        raise InputError(
+            f"reward function {where!r}: {type(error).__name__} on import: {error}; a module must "
+            "be installed, or its folder be in PYTHONPATH"
+        ) from error
+    if not callable(vars(module).get(name)):
+        functions = [known for known, value in vars(module).items() if callable(value)]
+        raise InputError(
+            f"reward function {where!r}: module {module_name} has no function {name!r}; "
+            f"{nearest(name, functions)}"
+        )
+    return vars(module)[name]
 
 
 def _await(returned: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +92,10 @@ def _await(returned: dict[str, Any]) -> dict[str, Any]:
     async def gather():
         return await asyncio.gather(*waiting.values(), return_exceptions=True)
 
-    for name, value in zip(waiting, asyncio.run(gather()), strict=True):
+    # In a thread of its own: a notebook's has a loop running already.
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        results = thread.submit(asyncio.run, gather()).result()
+    for name, value in zip(waiting, results, strict=True):
         if isinstance(value, BaseException):
             raise InputError(f"reward {name!r} raised {type(value).__name__}: {value}") from value
         returned[name] = value
@@ -107,10 +120,10 @@ def _checked(name: str, values: Any, count: int) -> tuple[np.ndarray, np.ndarray
         if value is None:
             continue
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, str) else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= np.finfo(np.float32).max:
             raise InputError(
                 f"reward {name!r} returned {value!r} for completion {row}; return a finite number, "
                 "or None where the reward does not apply"

@@ -1,13 +1,17 @@
 """The configuration of a run and of each kind of stage. A default lives here and nowhere else."""
 
+import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
+import jax
+import numpy as np
 import pydantic
 from pydantic import Field
 
-from jaxrl_reason.config import Config
+from jaxrl_reason.config import Config, validate
 from jaxrl_reason.errors import nearest
 from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES, SMOOTHED_LOSSES
 from jaxrl_reason.models import PRESETS, ModelConfig, preset
@@ -19,6 +23,7 @@ from jaxrl_reason.tasks import make_task
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class ModelChoice(Config):
@@ -31,15 +36,21 @@ class ModelChoice(Config):
 
     def resolve(self, vocab_size: int) -> ModelConfig:
         """The model's configuration for a vocabulary."""
-        return preset(self.preset, vocab_size=vocab_size, **self.changes)
+        whole = dataclasses.asdict(preset(self.preset, vocab_size=vocab_size)) | self.changes
+        return validate(_Changed, {"changes": whole}, f"preset {self.preset}").changes
 
     @pydantic.model_validator(mode="after")
     def _resolves(self):
-        try:
-            self.resolve(vocab_size=8)
-        except TypeError as error:
-            raise ValueError(f"changes: {error}") from error
+        if "vocab_size" in self.changes:
+            raise ValueError("changes.vocab_size follows from the task's tokenizer; remove it")
+        self.resolve(vocab_size=8)
         return self
+
+
+class _Changed(Config):
+    """Checks the fields of a model that are read from a configuration."""
+
+    changes: ModelConfig
 
 
 class TaskChoice(Config):
@@ -97,6 +108,12 @@ class SampledPairs(Config):
     """At most this many pairs of one problem."""
     sampling: SamplingConfig = SamplingConfig()
     """How completions are drawn."""
+
+    @pydantic.model_validator(mode="after")
+    def _differ(self):
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature=0 gives equal completions, no pair; raise it")
+        return self
 
 
 class Reward(Config):
@@ -284,6 +301,9 @@ class PolicyConfig(Training):
                 f"{' and '.join(clips)} cannot act: with num_iterations=1 the ratio is always 1 "
                 "and never clipped; remove it or set num_iterations > 1"
             )
+        upper = 1 + self.clipping.get("epsilon_high", self.clipping.get("epsilon", 0.0))
+        if self.delta is not None and self.delta <= upper:
+            raise ValueError(f"delta={self.delta} must exceed the upper clip, {upper:g}")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 gives a group of equal completions; raise it")
         names = [reward_name(reward) for reward in self.rewards]
@@ -316,6 +336,16 @@ class MORLConfig(PolicyConfig):
         """Whether the rewards' weights mean something to the aggregator."""
         return "weights" in inspect.signature(AGGREGATORS[self.aggregator]).parameters
 
+    @property
+    def aggregate(self) -> Callable:
+        """The aggregator with its options: rewards and mask [B, M] to advantages and weights."""
+        options = dict(self.aggregator_options)
+        if self.aggregator_takes_weights:
+            options["weights"] = np.asarray(reward_weights(self), np.float32)
+        return functools.partial(
+            AGGREGATORS[self.aggregator], num_generations=self.num_generations, **options
+        )
+
     @pydantic.model_validator(mode="after")
     def _aggregates(self):
         if self.aggregator not in AGGREGATORS:
@@ -341,6 +371,11 @@ class MORLConfig(PolicyConfig):
         missing = [name for name in missing if name not in self.aggregator_options]
         if missing:
             raise ValueError(f"aggregator_options must set {missing} for {self.aggregator}")
+        shape = (self.num_generations, len(self.rewards))
+        try:
+            jax.eval_shape(self.aggregate, np.zeros(shape, np.float32), np.ones(shape, bool))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"aggregator_options of {self.aggregator}: {error}") from error
         return self
 
 
@@ -380,7 +415,7 @@ class RunConfig(Config):
     """Name of the run; its folder is `<output_dir>/<name>`."""
     output_dir: str = "runs"
     """Folder of runs."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
     task: TaskChoice = TaskChoice()
     """The task."""
@@ -413,6 +448,29 @@ class RunConfig(Config):
                     f"stages.{name}.parent={stage.parent!r} is no earlier stage; known are {known}"
                 )
             known.append(name)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _completions_fit(self):
+        lengths = {"evaluation": self.evaluation.max_completion_length}
+        for name, stage in self.stages.items():
+            if isinstance(stage, PolicyConfig):
+                lengths[f"stages.{name}"] = stage.max_completion_length
+            elif isinstance(stage, DPOConfig) and isinstance(stage.data, SampledPairs):
+                lengths[f"stages.{name}"] = stage.max_length - self.max_prompt_length
+                if stage.max_length <= self.max_prompt_length:
+                    raise ValueError(
+                        f"stages.{name}.max_length={stage.max_length} leaves no token for a "
+                        f"completion after max_prompt_length={self.max_prompt_length}"
+                    )
+        room = self.model.resolve(vocab_size=8).max_position_embeddings
+        for where, length in lengths.items():
+            if self.max_prompt_length + length > room:
+                raise ValueError(
+                    f"max_prompt_length={self.max_prompt_length} and the {length} tokens of a "
+                    f"completion in {where} exceed the model's max_position_embeddings={room}; "
+                    "set that in model.changes or shorten them"
+                )
         return self
 
 

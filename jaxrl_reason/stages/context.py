@@ -78,10 +78,15 @@ class Context:
         return jax.tree.map(of, self.params_shapes, self.params_shardings)
 
     @functools.cached_property
+    def root(self) -> dict[str, Any]:
+        """The part of the configuration that the untrained model and the task follow from."""
+        config = to_json(self.config)
+        return {name: config[name] for name in ("seed", "task", "model")}
+
+    @functools.cached_property
     def root_hash(self) -> str:
         """Identifies the untrained model and the task."""
-        config = to_json(self.config)
-        return hash_json({name: config[name] for name in ("seed", "task", "model")})
+        return hash_json(self.root)
 
     def init_params(self) -> Params:
         """Fresh parameters, created where they lie."""
@@ -133,7 +138,8 @@ class Stage:
     @functools.cached_property
     def hash(self) -> str:
         """Identifies what the stage computes: its configuration and all that came before it."""
-        return hash_json([to_json(self.config), self.name, self.parent_hash])
+        longest = self.context.config.max_prompt_length
+        return hash_json([to_json(self.config), self.name, self.parent_hash, longest])
 
     @property
     def checkpoints(self) -> Path:

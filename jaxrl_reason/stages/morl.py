@@ -6,11 +6,9 @@ advantage (P-FAB, arXiv 2604.04415; GDPO, arXiv 2601.05242; and others).
 """
 
 import jax
-import numpy as np
 
-from jaxrl_reason.objectives import AGGREGATORS
 from jaxrl_reason.stages.completions import Scored
-from jaxrl_reason.stages.config import MORLConfig, reward_name, reward_weights
+from jaxrl_reason.stages.config import MORLConfig, reward_name
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import train_policy
 
@@ -19,15 +17,7 @@ def run_morl(stage: Stage) -> None:
     """Train on several rewards as separate objectives."""
     config: MORLConfig = stage.config
     names = [reward_name(reward) for reward in config.rewards]
-    options = dict(config.aggregator_options)
-    if config.aggregator_takes_weights:
-        options["weights"] = np.asarray(reward_weights(config), np.float32)
-
-    @jax.jit
-    def aggregate(rewards, mask):
-        return AGGREGATORS[config.aggregator](
-            rewards, mask, num_generations=config.num_generations, **options
-        )
+    aggregate = jax.jit(config.aggregate)
 
     def advantages_of(scored: Scored):
         advantages, weights = jax.device_get(aggregate(scored.rewards, scored.mask))

@@ -6,7 +6,7 @@ was made with another configuration is never overwritten.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,7 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
     """
     context = Context.create(config)
     stages = plan(context)
-    for stage in stages:
-        check_belongs(stage)
+    check_belongs(context, stages)
     _prepare_folder(context)
     rows = [_evaluated(context, "init", "init", context.root_hash, 0.0, say)]
     for stage in stages:
@@ -84,32 +83,31 @@ def plan(context: Context) -> list[Stage]:
     return stages
 
 
-def check_belongs(stage: Stage) -> None:
+def check_belongs(context: Context, stages: Sequence[Stage]) -> None:
     """Refuse to go on in a folder that another configuration made.
 
     Raises:
         InputError: naming what differs and what to do.
     """
-    meta = _latest_meta(stage.checkpoints)
-    if meta is None or meta["hash"] == stage.hash:
+    _check_made(context.directory / "init", context.root_hash, context.root)
+    for stage in stages:
+        _check_made(stage.directory, stage.hash, to_json(stage.config))
+
+
+def _check_made(directory: Path, made: str, config: Mapping[str, Any]) -> None:
+    meta = _latest_meta(directory / "checkpoints")
+    if meta is None or meta["hash"] == made:
         return
-    differences = _differences(meta["config"], to_json(stage.config))
-    what = ", ".join(differences) or "what it starts from (its parent, the task, model or seed)"
+    differences = _differences(meta["config"], config) or ["max_prompt_length, or its parent"]
     raise InputError(
-        f"{stage.directory} was made with another configuration; what differs: {what}. Give the "
-        "run another name (name=...) or move that folder away; nothing was overwritten"
+        f"{directory} was made with another configuration; what differs: {', '.join(differences)}. "
+        "Give the run another name (name=...) or move that folder away; nothing was overwritten"
     )
 
 
 def _prepare_folder(context: Context) -> None:
     """Write the untrained model as stage `init`, and the run's configuration and tokenizer."""
     checkpoints = context.directory / "init" / "checkpoints"
-    meta = _latest_meta(checkpoints)
-    if meta is not None and meta["hash"] != context.root_hash:
-        raise InputError(
-            f"{context.directory} was made with another seed, task or model; give the run another "
-            "name (name=...) or move that folder away; nothing was overwritten"
-        )
     try:
         context.directory.mkdir(parents=True, exist_ok=True)
         _write_json(context.directory / "config.json", to_json(context.config))
@@ -118,14 +116,13 @@ def _prepare_folder(context: Context) -> None:
             f"cannot write to {context.directory}: {error.strerror}; choose another output_dir"
         ) from error
     save_tokenizer(context.tokenizer, context.directory / "tokenizer")
-    if meta is None:
-        config = {k: v for k, v in to_json(context.config).items() if k != "stages"}
+    if checkpoint.latest(checkpoints) is None:
         meta = {
             "run": context.config.name,
             "stage": "init",
             "kind": "init",
             "hash": context.root_hash,
-            "config": config,
+            "config": context.root,
             "parent": None,
             "seed": context.config.seed,
             "step": 0,

@@ -1,0 +1,153 @@
+"""One small run of four stages, made once and read by many tests."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from jaxrl_reason.cli import main
+from jaxrl_reason.config import validate
+from jaxrl_reason.stages import dpo
+from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.context import Context
+
+CONFIG = """
+name: four
+task: {name: arithmetic, options: {modulus: 3, max_constant: 2, min_steps: 1, max_steps: 2}}
+model:
+  preset: 0.3m
+  changes:
+    num_hidden_layers: 1
+    hidden_size: 32
+    intermediate_size: 48
+    num_attention_heads: 2
+    num_key_value_heads: 1
+    head_dim: 16
+    max_position_embeddings: 48
+max_prompt_length: 20
+steps_per_dispatch: 8
+evaluation: {problems: 24, batch_size: 16, max_completion_length: 12}
+stages:
+  cold:
+    kind: sft
+    steps: 60
+    batch_size: 8
+    max_length: 40
+    data: {kind: traces, num_examples: 64, styles: {answer: 1.0}}
+    optimizer: {learning_rate: 2.0e-2}
+    save_steps: 20
+  prefer:
+    kind: dpo
+    parent: cold
+    steps: 5
+    batch_size: 8
+    max_length: 32
+    data: {kind: sampled, num_prompts: 16, num_generations: 8}
+    optimizer: {learning_rate: 1.0e-3}
+    save_steps: 2
+  reason:
+    kind: grpo
+    parent: prefer
+    steps: 5
+    prompts_per_step: 16
+    num_generations: 8
+    max_completion_length: 12
+    num_iterations: 2
+    beta: 0.05
+    rewards: [{kind: accuracy}, {kind: format, weight: 0.5}]
+    optimizer: {learning_rate: 1.0e-2}
+    save_steps: 2
+  balance:
+    kind: morl
+    parent: reason
+    steps: 5
+    prompts_per_step: 16
+    num_generations: 8
+    max_completion_length: 12
+    aggregator_options: {min_std: 0.01}
+    rewards:
+      - {kind: accuracy}
+      - {kind: format}
+      - {kind: length, low: 4, high: 12}
+      - {kind: python, name: ones, function: "rewards_of_tests:ones"}
+    optimizer: {learning_rate: 1.0e-2}
+    save_steps: 2
+"""
+
+REWARDS = '''
+"""Reward functions of a user's."""
+
+import math
+
+
+def ones(prompts, completions, *, problem, **_):
+    """Share of ones in the completion; says nothing about problems of one step."""
+    return [
+        text.split().count("1") / 8 if p.columns["difficulty"] > 1 else None
+        for text, p in zip(completions, problem, strict=True)
+    ]
+
+
+def short_list(prompts, completions, **_):
+    return [1.0] * (len(completions) - 1)
+
+
+def not_a_number(prompts, completions, **_):
+    return [math.nan] * len(completions)
+'''
+
+
+class Run(NamedTuple):
+    """A finished run and how it was made."""
+
+    yaml: Path
+    config: RunConfig
+    directory: Path
+    reference_calls: int
+    """How often the DPO stage computed its reference log-probs."""
+
+
+@pytest.fixture(scope="session")
+def rewards_folder(tmp_path_factory) -> Path:
+    """A folder with `rewards_of_tests.py`, importable while the tests run."""
+    folder = tmp_path_factory.mktemp("rewards")
+    (folder / "rewards_of_tests.py").write_text(REWARDS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny() -> dict:
+    """The configuration of the run as plain values, to be changed."""
+    return yaml.safe_load(CONFIG)
+
+
+@pytest.fixture(scope="session")
+def make_context(tiny, rewards_folder):
+    """A context of the configuration with other top-level keys, in a folder of one's own."""
+
+    def make(folder: Path, **changes) -> Context:
+        raw = json.loads(json.dumps(tiny)) | {"output_dir": str(folder)} | changes
+        return Context.create(validate(RunConfig, raw, "test"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory, rewards_folder) -> Run:
+    """The finished run."""
+    folder = tmp_path_factory.mktemp("four")
+    path = folder / "four.yaml"
+    path.write_text(CONFIG, encoding="utf-8")
+    calls = []
+    reference_logprobs = dpo.reference_logprobs
+    with pytest.MonkeyPatch.context() as patch:
+        counted = lambda *given: calls.append(1) or reference_logprobs(*given)
+        patch.setattr(dpo, "reference_logprobs", counted)
+        code = main(["run", str(path), f"output_dir={folder}"])
+    assert code == 0
+    config = RunConfig.load(path, [f"output_dir={folder}"])
+    return Run(path, config, folder / "four", len(calls))
