@@ -42,7 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     # Transformers would announce that PyTorch is missing, which is as it should be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    # Overrides may stand on either side of an option, which argparse alone does not take.
+    arguments, more = parser.parse_known_args(argv)
+    strange = [word for word in more if word.startswith("-") or "=" not in word]
+    if strange or (more and "overrides" not in arguments):
+        parser.error(f"unrecognized arguments: {' '.join(strange or more)}")
+    if more:
+        arguments.overrides = [*arguments.overrides, *more]
     try:
         arguments.command(arguments)
     except InputError as error:
@@ -152,9 +159,17 @@ def _fields(name: str) -> str:
         "sample": sample.SampleConfig,
     }
     lines = ["fields (key=value), with their defaults:"]
+    before = ""
     for field in describe(classes[name]):
-        lines.append(f"  {field.path}  ({field.type}; {field.default})")
-        lines.append(f"      {field.help}")
+        kind, _, nested = field.kind.partition("/")
+        if kind and kind != before:
+            lines.append(f"\n  of a stage of kind {kind}:")
+        before = kind
+        of_other = nested and not field.path.endswith(".kind")
+        only = f" if {field.path.rpartition('.')[0]}.kind is {nested};" if of_other else ""
+        lines.append(f"  {field.path}  ({field.type};{only} {field.default})")
+        if field.help:
+            lines.append(f"      {field.help}")
     return "\n".join(lines)
 
 

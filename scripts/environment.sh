@@ -22,6 +22,16 @@ find_python() {
     return 1
 }
 
+version() {
+    "$1" -c 'import sys; print(*sys.version_info[:2])' 2>/dev/null
+}
+
+# Whether .venv is there, and of the version of $PYTHON when that is set.
+reusable() {
+    suitable .venv/bin/python || return
+    [ -z "${PYTHON:-}" ] || [ "$(version .venv/bin/python)" = "$(version "$PYTHON")" ]
+}
+
 # What an installation depends on. The folder counts: an editable install points to it.
 fingerprint() {
     { pwd; cat pyproject.toml constraints.txt; } | cksum
@@ -30,11 +40,11 @@ fingerprint() {
 make_environment() {
     local purpose=$1 target=. stamp=.venv/installed-$1 python
     [ "$purpose" = run ] || target=".[$purpose]"
-    if suitable .venv/bin/python && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then
+    if reusable && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint)" ]; then
         return
     fi
     # Without pip it is what an interrupted `python -m venv` leaves behind.
-    if ! { suitable .venv/bin/python && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
+    if ! { reusable && .venv/bin/python -m pip --version >/dev/null 2>&1; }; then
         python=$(find_python)
         echo "making .venv with $("$python" --version)"
         "$python" -m venv --clear .venv

@@ -4,6 +4,7 @@ Nothing here holds state: which examples a step sees follows from (seed, step) a
 run continues exactly and the data cursor of a checkpoint is its step.
 """
 
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,16 +42,17 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
             f"max_length={row_length} ({len(too_long)} such examples); raise max_length or drop it"
         )
     rows: list[list[int]] = []
-    room: list[int] = []
+    # Rows by the room that is left in them, the oldest first; room is a small integer.
+    with_room: list[list[int]] = [[] for _ in range(row_length + 1)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = [r for r in range(len(rows)) if room[r] >= lengths[i]]
-        if fits:
-            row = min(fits, key=lambda r: (room[r], r))
-            rows[row].append(i)
-            room[row] -= lengths[i]
+        room = next((r for r in range(lengths[i], row_length + 1) if with_room[r]), None)
+        if room is None:
+            row, room = len(rows), row_length
+            rows.append([])
         else:
-            rows.append([i])
-            room.append(row_length - lengths[i])
+            row = heapq.heappop(with_room[room])
+        rows[row].append(i)
+        heapq.heappush(with_room[room - lengths[i]], row)
     return rows
 
 

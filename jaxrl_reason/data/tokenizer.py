@@ -131,7 +131,7 @@ def _check_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
             raise InputError(f"the text contains the marker {marker!r}; remove it: {text[:80]!r}")
     text = text.strip()
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    if tokenizer.unk_token_id is None:
+    if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in encoding.ids:
         return encoding.ids
     for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         if token == tokenizer.unk_token_id:

@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl_reason.advantages import group_advantages
 from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.metrics import Stopwatch
+from jaxrl_reason.objectives import weighted_sum_advantages
 from jaxrl_reason.stages.completions import (
     PolicyRows,
     Scored,
@@ -46,10 +46,16 @@ def run_grpo(stage: Stage) -> None:
     weights = np.asarray(reward_weights(config), np.float32)
 
     def advantages_of(scored: Scored):
-        reward = np.sum(scored.rewards * scored.mask * weights, axis=1)
-        advantages = group_advantages(
-            reward, num_generations=config.num_generations, scale=config.scale_rewards
+        # Of the weighted sum r_i: (r_i - mean of the group) / std, as `scale_rewards` has it. A
+        # reward that does not apply to a completion counts as the group's mean of it, not as 0.
+        advantages = weighted_sum_advantages(
+            scored.rewards,
+            scored.mask,
+            weights=weights,
+            num_generations=config.num_generations,
+            scale=config.scale_rewards,
         )
+        reward = np.sum(scored.rewards * scored.mask * weights, axis=1)
         return np.asarray(advantages), {"reward": reward.mean(), "reward_std": reward.std()}
 
     train_policy(stage, advantages_of)

@@ -14,13 +14,14 @@ from jaxrl_reason import __version__, checkpoint
 from jaxrl_reason.config import hash_json, to_json
 from jaxrl_reason.data.tokenizer import save_tokenizer
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.completions import reward_functions
+from jaxrl_reason.stages.config import FileData, PolicyConfig, RunConfig
 from jaxrl_reason.stages.context import Context, Stage
-from jaxrl_reason.stages.dpo import run_dpo
+from jaxrl_reason.stages.dpo import preference_pairs, run_dpo
 from jaxrl_reason.stages.evaluate import evaluate, write_evaluation
 from jaxrl_reason.stages.grpo import run_grpo
 from jaxrl_reason.stages.morl import run_morl
-from jaxrl_reason.stages.sft import run_sft
+from jaxrl_reason.stages.sft import demonstrations, run_sft
 
 RUNNERS: Mapping[str, Callable[[Stage], None]] = {
     "sft": run_sft,
@@ -46,6 +47,8 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
     context = Context.create(config)
     stages = plan(context)
     check_belongs(context, stages)
+    for stage in stages:
+        check_inputs(stage)
     _prepare_folder(context)
     rows = [_evaluated(context, "init", "init", context.root_hash, 0.0, say)]
     for stage in stages:
@@ -92,6 +95,19 @@ def check_belongs(context: Context, stages: Sequence[Stage]) -> None:
     _check_made(context.directory / "init", context.root_hash, context.root)
     for stage in stages:
         _check_made(stage.directory, stage.hash, to_json(stage.config))
+
+
+def check_inputs(stage: Stage) -> None:
+    """Read the files and reward functions of a stage, so that a mistake in them shows at once.
+
+    Raises:
+        InputError: as the stage itself would, after those before it had trained.
+    """
+    config = stage.config
+    if isinstance(config, PolicyConfig):
+        reward_functions(config)
+    elif isinstance(config.data, FileData):
+        {"sft": demonstrations, "dpo": preference_pairs}[config.kind](stage)
 
 
 def _check_made(directory: Path, made: str, config: Mapping[str, Any]) -> None:

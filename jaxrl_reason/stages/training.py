@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxrl_reason.checkpoint import Checkpoints, latest_valid
+from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import MetricLog, Progress
 from jaxrl_reason.sharding import batch_sharding, replicated
 from jaxrl_reason.stages.context import Stage
@@ -57,7 +58,7 @@ def train(
         data_hash: identifies the stage's data.
     """
     config = stage.config
-    state, start, seconds = _start(stage, optimizer)
+    state, start, seconds = _start(stage, optimizer, data_hash)
     tracking = stage.context.config.tracking
     began = time.monotonic()
     with (
@@ -91,7 +92,7 @@ def train(
                 checkpoints.save(done, params=state.params, state=rest, meta=meta)
 
 
-def _start(stage: Stage, optimizer: Optimizer) -> tuple[TrainState, int, float]:
+def _start(stage: Stage, optimizer: Optimizer, data_hash: str) -> tuple[TrainState, int, float]:
     """The state to go on from, the steps already done, and the seconds they took."""
     context = stage.context
     shardings = _shardings(stage, optimizer)
@@ -104,6 +105,11 @@ def _start(stage: Stage, optimizer: Optimizer) -> tuple[TrainState, int, float]:
     if restored is None:
         fresh = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
         return fresh(stage.parent_params()), 0, 0.0
+    if restored.meta["data_hash"] != data_hash:
+        raise InputError(
+            f"stages.{stage.name}: its data has changed since {restored.path} was written; put the "
+            "old data back, or give the run another name (name=...); nothing was overwritten"
+        )
     state = TrainState(restored.params, restored.state["opt_state"], restored.state["step"])
     return state, restored.step, restored.meta["seconds"]
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxrl_reason.arrays import WeightedMean, aggregate
+from jaxrl_reason.arrays import aggregate
 from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.losses import nll_loss
 from jaxrl_reason.models import Model
@@ -15,7 +15,7 @@ def make_sft_step(model: Model, optimizer: Optimizer, *, logprob_chunk_size: int
     """The SFT update: mean negative log-likelihood over the tokens under `completion_mask`.
 
     The batch holds `tokens, positions, segment_ids, completion_mask`, each `[k, rows, T]` with k
-    microbatches. Metrics: `loss`, `entropy` (nats), `mean_token_probability`, `num_tokens`.
+    microbatches. Metrics: `loss`, `entropy` (nats), `mean_token_probability`.
     """
 
     def loss_fn(params, batch: dict[str, Array]):
@@ -29,11 +29,9 @@ def make_sft_step(model: Model, optimizer: Optimizer, *, logprob_chunk_size: int
             chunk_size=logprob_chunk_size,
         )
         mean = lambda values: aggregate(values, batch["completion_mask"], how="token_mean")
-        count = jnp.sum(batch["completion_mask"].astype(jnp.float32))
         metrics = {
             "entropy": mean(entropy),
             "mean_token_probability": mean(jnp.exp(logprobs)),
-            "num_tokens": WeightedMean(count, jnp.ones(())),
         }
         return mean(nll_loss(logprobs)), metrics
 
