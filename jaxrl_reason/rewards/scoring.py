@@ -19,6 +19,8 @@ from jaxrl_reason.errors import InputError, nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 def score(
     functions: Mapping[str, RewardFunction],
@@ -123,7 +125,7 @@ def _checked(name: str, values: Any, count: int) -> tuple[np.ndarray, np.ndarray
             number = math.nan if isinstance(value, str) else float(value)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not abs(number) <= np.finfo(np.float32).max:
+        if not abs(number) <= _LARGEST:
             raise InputError(
                 f"reward {name!r} returned {value!r} for completion {row}; return a finite number, "
                 "or None where the reward does not apply"

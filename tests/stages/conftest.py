@@ -1,17 +1,26 @@
 """One small run of four stages, made once and read by many tests."""
 
+import contextlib
 import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import yaml
 
+from jaxrl_reason import stages
 from jaxrl_reason.cli import main
-from jaxrl_reason.config import validate
-from jaxrl_reason.stages import dpo
+from jaxrl_reason.config import Config, validate
+from jaxrl_reason.models import ModelConfig
+from jaxrl_reason.sampling import SamplingConfig
+from jaxrl_reason.sharding import MeshConfig
+from jaxrl_reason.stages import dpo, pipeline
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
+from jaxrl_reason.steps import OptimizerConfig
 
 CONFIG = """
 name: four
@@ -107,6 +116,31 @@ class Run(NamedTuple):
     directory: Path
     reference_calls: int
     """How often the DPO stage computed its reference log-probs."""
+    reads: dict[str, set[str]]
+    """For each class of configuration, the fields that the pipeline read once it was valid."""
+
+
+@contextlib.contextmanager
+def watched_reads() -> Iterator[dict[str, set[str]]]:
+    """Collects which fields of which configuration the package reads."""
+    reads: dict[str, set[str]] = defaultdict(set)
+    inside = str(Path(stages.__file__).parents[1])
+
+    def watch(cls, patch):
+        plain = cls.__getattribute__
+
+        def read(self, name):
+            caller = sys._getframe(1).f_code
+            if caller.co_filename.startswith(inside) and caller.co_name != "__post_init__":
+                reads[type(self).__name__].add(name)
+            return plain(self, name)
+
+        patch.setattr(cls, "__getattribute__", read)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (Config, MeshConfig, ModelConfig, OptimizerConfig, SamplingConfig):
+            watch(cls, patch)
+        yield reads
 
 
 @pytest.fixture(scope="session")
@@ -142,12 +176,20 @@ def four(tmp_path_factory, rewards_folder) -> Run:
     folder = tmp_path_factory.mktemp("four")
     path = folder / "four.yaml"
     path.write_text(CONFIG, encoding="utf-8")
-    calls = []
-    reference_logprobs = dpo.reference_logprobs
+    calls, reads = [], {}
+    reference_logprobs, run = dpo.reference_logprobs, pipeline.run
+
+    def watched_run(*given, **options):
+        with watched_reads() as seen:
+            rows = run(*given, **options)
+        reads.update(seen)
+        return rows
+
     with pytest.MonkeyPatch.context() as patch:
         counted = lambda *given: calls.append(1) or reference_logprobs(*given)
         patch.setattr(dpo, "reference_logprobs", counted)
+        patch.setattr(pipeline, "run", watched_run)
         code = main(["run", str(path), f"output_dir={folder}"])
     assert code == 0
     config = RunConfig.load(path, [f"output_dir={folder}"])
-    return Run(path, config, folder / "four", len(calls))
+    return Run(path, config, folder / "four", len(calls), reads)
