@@ -417,12 +417,14 @@ def _describe(
         inherited = default if isinstance(default, dict) else {}
         for name, field in node["properties"].items():
             value = inherited.get(name, field.get("default", _MISSING))
+            # pydantic leaves out a description that is also that of the nested class.
+            text = field.get("description", _follow(root, field).get("description", ""))
             nested = list(_describe(root, field, dot + name, value, kind, seen))
             yield FieldLine(
                 path=dot + name,
                 type=_type_text(root, field),
                 default=_default_text(value, nested=bool(nested)),
-                help=" ".join(field.get("description", "").split()),
+                help=" ".join(text.split()),
                 kind=kind,
             )
             yield from nested

@@ -48,17 +48,17 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
     stages = plan(context)
     check_belongs(context, stages)
     for stage in stages:
-        check_inputs(stage)
+        if not _is_complete(stage):
+            check_inputs(stage)
     _prepare_folder(context)
     rows = [_evaluated(context, "init", "init", context.root_hash, 0.0, say)]
     for stage in stages:
         began = time.monotonic()
-        meta = _latest_meta(stage.checkpoints)
-        if meta is not None and meta["complete"]:
+        if _is_complete(stage):
             say(f"{stage.name}: complete, skipped")
         else:
-            if meta is not None:
-                say(f"{stage.name}: going on after step {meta['step']}")
+            if (step := checkpoint.latest(stage.checkpoints)) is not None:
+                say(f"{stage.name}: going on after step {step}")
             stage.directory.mkdir(parents=True, exist_ok=True)
             _write_json(stage.directory / "config.json", to_json(config))
             RUNNERS[stage.config.kind](stage)
@@ -173,6 +173,11 @@ def _evaluated(
 def _latest_meta(checkpoints: Path) -> dict[str, Any] | None:
     step = checkpoint.latest(checkpoints)
     return None if step is None else checkpoint.read_meta(checkpoints / str(step))
+
+
+def _is_complete(stage: Stage) -> bool:
+    meta = _latest_meta(stage.checkpoints)
+    return meta is not None and meta["complete"]
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

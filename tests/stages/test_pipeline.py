@@ -1,10 +1,13 @@
 """A whole run: what it writes, that it is not done twice, and that it is not overwritten."""
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 
+import numpy as np
 import pytest
 
 from jaxrl_reason import checkpoint
@@ -148,7 +151,7 @@ def test_plots_are_pictures(four):
 def test_the_lineage_reaches_the_untrained_model(four):
     entries = checkpoint.lineage(four.directory / "balance")
     assert [entry["stage"] for entry in entries] == list(reversed(STAGES))
-    for child, parent in zip(entries, entries[1:], strict=False):
+    for child, parent in itertools.pairwise(entries):
         assert child["parent"] == parent["path"]
         assert child["parent_hash"] == parent["hash"]
     assert entries[-1]["parent"] is None
@@ -158,10 +161,9 @@ def test_the_lineage_reaches_the_untrained_model(four):
 def test_stages_differ_in_their_parameters(four):
     """A stage that saved its parent's parameters would pass everything above."""
     context = load(four.directory / "cold").context
+    restore = checkpoint.restore_params
     embeddings = {
-        checkpoint.restore_params(four.directory / stage, context.params_like)["embedding"][
-            "embedding"
-        ].tobytes()
+        np.asarray(restore(four.directory / stage, context.params_like)["embedding"]).tobytes()
         for stage in STAGES
     }
     assert len(embeddings) == len(STAGES)
@@ -205,8 +207,6 @@ def test_another_configuration_is_refused_and_overwrites_nothing(four, capsys, o
 
 
 def assert_one_error(said, pattern):
-    import re
-
     assert said.err.startswith("error: ")
     assert len(said.err.splitlines()) == 1
     assert re.search(pattern, said.err), said.err
@@ -227,12 +227,10 @@ def test_a_copy_is_evaluated_anew_and_trained_further(four, tmp_path, capsys):
     assert [row["stage"] for row in rows] == [*STAGES, "more"]
     assert {row["problems"] for row in rows} == {16}
     after = contents(copy, leave=leave)
-    assert {name: digest for name, digest in after.items() if not name.startswith("more")} == before
-    assert [entry["stage"] for entry in checkpoint.lineage(copy / "more")] == [
-        "more",
-        "cold",
-        "init",
-    ]
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("more/") for name in after.keys() - before.keys())
+    entries = checkpoint.lineage(copy / "more")
+    assert [entry["stage"] for entry in entries] == ["more", "cold", "init"]
 
 
 def test_a_moved_run_is_found_where_it_is(four, tmp_path):
@@ -273,3 +271,48 @@ def test_a_folder_that_cannot_be_written_is_refused(four, tmp_path, capsys):
     assert again(four, folder=tmp_path / "file" / "runs") == 2
     assert_one_error(capsys.readouterr(), r"cannot write to .*file/runs/four: Not a directory")
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_prompt_longer_than_the_longest_is_refused(four, tmp_path, capsys):
+    assert again(four, "max_prompt_length=10", folder=tmp_path) == 2
+    message = r"prompt \d+ has \d+ tokens; allowed are 1 to max_prompt_length=10; .* or raise"
+    assert_one_error(capsys.readouterr(), message)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("short_list", "reward 'mine' returned 127 values for 128 completions"),
+        ("not_a_number", "reward 'mine' returned nan for completion 0; return a finite number"),
+    ],
+)
+def test_a_bad_reward_stops_the_stage_before_its_first_update(
+    four, tmp_path, capsys, function, message
+):
+    mine = {"kind": "python", "name": "mine", "function": f"rewards_of_tests:{function}"}
+    stage = to_json(four.config.stages["reason"]) | {"parent": "init", "rewards": [mine]}
+    assert again(four, f"stages={json.dumps({'reason': stage})}", folder=tmp_path) == 2
+    assert_one_error(capsys.readouterr(), message)
+    assert checkpoint.latest(tmp_path / "four" / "reason" / "checkpoints") is None
+
+
+def test_a_reward_that_is_not_there_is_noticed_before_any_training(four, tmp_path, capsys):
+    override = "stages.balance.rewards.3.function=rewards_of_tests:one"
+    assert again(four, override, folder=tmp_path) == 2
+    assert_one_error(capsys.readouterr(), "no function 'one'; did you mean 'ones'")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpoint_of_another_shape_is_refused(four, tmp_path, capsys):
+    copy = tmp_path / "four"
+    shutil.copytree(four.directory, copy)
+    raw = json.loads((copy / "config.json").read_text())
+    raw["model"]["changes"]["intermediate_size"] = 40
+    (copy / "config.json").write_text(json.dumps(raw))
+    before = contents(copy)
+    assert main(["evaluate", str(copy / "cold")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: checkpoint ")
+    assert "does not fit, params differ" in said
+    assert "float32[1, 48, 32] in the checkpoint, float32[1, 40, 32] wanted" in said
+    assert contents(copy) == before

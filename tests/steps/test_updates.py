@@ -132,7 +132,7 @@ def test_microbatches_of_uneven_masks_give_the_update_of_one_batch(params, kind)
     make = sft_batch if kind == "sft" else policy_batch
     step = step_of("sft") if kind == "sft" else step_of("policy", loss_type=kind)
     whole, metrics = update(step, params, microbatches(make(docs), 1))
-    for count in (2, 4, 8):
+    for count in (2, 8):
         cut, cut_metrics = update(step, params, microbatches(make(docs), count))
         assert_same(whole, cut)
         for name in metrics:
