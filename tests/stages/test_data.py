@@ -68,6 +68,13 @@ def test_demonstrations_are_right_and_of_the_styles_asked_for(stage_of):
     assert examples == demonstrations(stage)
 
 
+def test_stages_and_steps_draw_with_different_keys(stage_of):
+    stages = [stage_of("cold"), stage_of("reason")]
+    keys = {str(jax.random.key_data(s.key(step))) for s in stages for step in (0, 1, 2)}
+    assert len(keys) == 6
+    assert len({stage.seed for stage in stages}) == 2
+
+
 def test_stages_draw_different_problems(stage_of):
     prompts = lambda stage: [problem.prompt for problem in stage.problems(0, 40)]
     assert prompts(stage_of("cold")) != prompts(stage_of("reason"))
@@ -234,8 +241,6 @@ def test_stages_train_on_files(four, tmp_path, capsys):
             "steps": 3,
             "batch_size": 8,
             "max_length": 32,
-            "loss_type": ["sigmoid", "sft"],
-            "loss_weights": [1.0, 0.5],
             "data": {"kind": "file", "path": write(tmp_path / "pairs.jsonl", pairs)},
             "optimizer": {"learning_rate": 1.0e-2},
         },

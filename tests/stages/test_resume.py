@@ -47,6 +47,7 @@ MetricLog.__init__, MetricLog.log = open_log, log
 sys.exit(main(sys.argv[4:]))
 """
 
+PACKAGE = str(Path(checkpoint.__file__).parents[1])
 KILLS = {"cold": (47, 40), "prefer": (3, 2), "reason": (4, 2), "balance": (3, 2)}
 
 
@@ -64,7 +65,7 @@ def command(four, rewards_folder, tmp_path_factory):
                 # Programs compiled by this process need not be compiled five times more.
                 "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "PYTHONPATH": str(rewards_folder),
+                "PYTHONPATH": os.pathsep.join([str(rewards_folder), PACKAGE]),
             },
             capture_output=True,
             text=True,
