@@ -112,7 +112,14 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
         return StepResult(state, metrics, int(rollout.lengths.sum()))
 
     show = ("reward", "rewards/accuracy/mean", "completions/mean_length")
-    train(stage, optimizer, one_step, show=show, data_hash=stage.context.root_hash)
+    train(
+        stage,
+        optimizer,
+        one_step,
+        show=show,
+        data_hash=stage.context.root_hash,
+        updates_per_step=config.num_iterations,
+    )
 
 
 def _reference(stage: Stage):

@@ -11,7 +11,14 @@ from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import MetricLog, Progress
 from jaxrl_reason.sharding import batch_sharding, replicated
 from jaxrl_reason.stages.context import Stage
-from jaxrl_reason.steps import Optimizer, Step, TrainState, init_state, state_shardings
+from jaxrl_reason.steps import (
+    Optimizer,
+    Step,
+    TrainState,
+    init_state,
+    learning_rate_schedule,
+    state_shardings,
+)
 
 
 class StepResult(NamedTuple):
@@ -44,6 +51,7 @@ def train(
     *,
     show: tuple[str, ...],
     data_hash: str,
+    updates_per_step: int = 1,
 ) -> None:
     """Run the steps that are left, from the last checkpoint or from the parent.
 
@@ -56,10 +64,12 @@ def train(
         one_step: `(state, step) -> StepResult`, steps counted from 0.
         show: names of metrics for the progress bar.
         data_hash: identifies the stage's data.
+        updates_per_step: updates of the optimiser in one step, for the logged learning rate.
     """
     config = stage.config
     state, start, seconds = _start(stage, optimizer, data_hash)
     tracking = stage.context.config.tracking
+    rate = learning_rate_schedule(config.optimizer, config.steps * updates_per_step)
     began = time.monotonic()
     with (
         Checkpoints(stage.checkpoints, keep=config.save_total_limit) as checkpoints,
@@ -76,6 +86,7 @@ def train(
             step_began = time.monotonic()
             state, metrics, num_tokens = one_step(state, step)
             metrics = {name: float(value) for name, value in metrics.items()}
+            metrics["learning_rate"] = float(rate(step * updates_per_step))
             metrics["step_time"] = time.monotonic() - step_began
             done = step + 1
             log.log(done, metrics)
