@@ -18,22 +18,11 @@ from jaxrl_reason.stages import pipeline
 from jaxrl_reason.stages.config import EvaluationConfig, RunConfig
 from jaxrl_reason.stages.sample import SampleConfig
 
-CONFIG = """
+TINY = (Path(__file__).parent / "tiny_run.yaml").read_text(encoding="utf-8")
+CONFIG = (
+    TINY
+    + """
 name: small
-task: {name: arithmetic, options: {modulus: 3, max_constant: 2, min_steps: 1, max_steps: 2}}
-model:
-  preset: 0.3m
-  changes:
-    num_hidden_layers: 1
-    hidden_size: 32
-    intermediate_size: 48
-    num_attention_heads: 2
-    num_key_value_heads: 1
-    head_dim: 16
-    max_position_embeddings: 48
-max_prompt_length: 20
-steps_per_dispatch: 8
-evaluation: {problems: 24, batch_size: 16, max_completion_length: 12}
 stages:
   cold:
     kind: sft
@@ -43,6 +32,7 @@ stages:
     data: {kind: traces, num_examples: 64, styles: {answer: 1.0}}
     optimizer: {learning_rate: 2.0e-2}
 """
+)
 PROMPTS = ["a = 1 ; b = a + 1 ; b ?", "c = 2 ; d = c * 2 ; d ?", "e = 0 ; f = e - 1 ; f ?"]
 
 

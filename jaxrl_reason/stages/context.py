@@ -25,7 +25,8 @@ from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.sampling import Sampler, SamplingConfig
 from jaxrl_reason.sharding import batch_multiple, make_mesh, tree_shardings
-from jaxrl_reason.stages.config import RunConfig, Training
+from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.stage_config import Training
 from jaxrl_reason.tasks import Problem, Task, make_task
 
 _VOCABULARY_MULTIPLE = 8  # so that the embedding can be cut over the devices of one machine

@@ -16,8 +16,8 @@ from jaxrl_reason.data.records import load_records, write_jsonl
 from jaxrl_reason.data.tokenizer import render_prompt
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.sharding import batch_multiple, place_batch
-from jaxrl_reason.stages.config import DPOConfig, FileData
 from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.stage_config import DPOConfig, FileData
 from jaxrl_reason.stages.training import StepResult, compile_step, train
 from jaxrl_reason.steps import make_optimizer, make_preference_step, pair_logprobs
 

@@ -31,8 +31,8 @@ from jaxrl_reason.stages.completions import (
     reward_functions,
     score_completions,
 )
-from jaxrl_reason.stages.config import GRPOConfig, PolicyConfig, reward_weights
 from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.stage_config import GRPOConfig, PolicyConfig, reward_weights
 from jaxrl_reason.stages.training import StepResult, compile_step, train
 from jaxrl_reason.steps import PolicyObjective, make_optimizer, make_policy_step
 

@@ -8,9 +8,9 @@ advantage (P-FAB, arXiv 2604.04415; GDPO, arXiv 2601.05242; and others).
 import jax
 
 from jaxrl_reason.stages.completions import Scored
-from jaxrl_reason.stages.config import MORLConfig, reward_name
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import train_policy
+from jaxrl_reason.stages.stage_config import MORLConfig, reward_name
 
 
 def run_morl(stage: Stage) -> None:

@@ -15,13 +15,14 @@ from jaxrl_reason.config import hash_json, to_json
 from jaxrl_reason.data.tokenizer import save_tokenizer
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.stages.completions import reward_functions
-from jaxrl_reason.stages.config import FileData, PolicyConfig, RunConfig
+from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context, Stage
 from jaxrl_reason.stages.dpo import preference_pairs, run_dpo
 from jaxrl_reason.stages.evaluate import evaluate, write_evaluation
 from jaxrl_reason.stages.grpo import run_grpo
 from jaxrl_reason.stages.morl import run_morl
 from jaxrl_reason.stages.sft import demonstrations, run_sft
+from jaxrl_reason.stages.stage_config import FileData, PolicyConfig
 
 RUNNERS: Mapping[str, Callable[[Stage], None]] = {
     "sft": run_sft,

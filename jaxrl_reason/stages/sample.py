@@ -11,9 +11,9 @@ from jaxrl_reason.data.records import load_records
 from jaxrl_reason.data.tokenizer import render_prompt
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.sampling import SamplingConfig
-from jaxrl_reason.stages.config import Positive, Seed
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.load import Loaded
+from jaxrl_reason.stages.stage_config import Positive, Seed
 
 
 class SampleConfig(Config):

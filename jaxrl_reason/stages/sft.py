@@ -11,8 +11,8 @@ from jaxrl_reason.data.batching import Example, fill_rows, microbatches, pack, s
 from jaxrl_reason.data.records import load_records
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.sharding import place_batch
-from jaxrl_reason.stages.config import FileData, SFTConfig
 from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.stage_config import FileData, SFTConfig
 from jaxrl_reason.stages.training import StepResult, compile_step, train
 from jaxrl_reason.steps import make_optimizer, make_sft_step
 

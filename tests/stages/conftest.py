@@ -22,22 +22,11 @@ from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.steps import OptimizerConfig
 
-CONFIG = """
+TINY = (Path(__file__).parents[1] / "tiny_run.yaml").read_text(encoding="utf-8")
+CONFIG = (
+    TINY
+    + """
 name: four
-task: {name: arithmetic, options: {modulus: 3, max_constant: 2, min_steps: 1, max_steps: 2}}
-model:
-  preset: 0.3m
-  changes:
-    num_hidden_layers: 1
-    hidden_size: 32
-    intermediate_size: 48
-    num_attention_heads: 2
-    num_key_value_heads: 1
-    head_dim: 16
-    max_position_embeddings: 48
-max_prompt_length: 20
-steps_per_dispatch: 8
-evaluation: {problems: 24, batch_size: 16, max_completion_length: 12}
 stages:
   cold:
     kind: sft
@@ -84,6 +73,7 @@ stages:
     optimizer: {learning_rate: 1.0e-2}
     save_steps: 2
 """
+)
 
 REWARDS = '''
 """Reward functions of a user's."""

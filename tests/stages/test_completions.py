@@ -15,8 +15,8 @@ from jaxrl_reason.stages.completions import (
     reward_functions,
     score_completions,
 )
-from jaxrl_reason.stages.config import MORLConfig
 from jaxrl_reason.stages.pipeline import plan
+from jaxrl_reason.stages.stage_config import MORLConfig
 
 PROMPTS, GROUP, LONGEST = 16, 2, 12
 

@@ -15,8 +15,9 @@ import pytest
 from jaxrl_reason.config import Config, apply_overrides, load_yaml, to_json, validate
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import ModelConfig
-from jaxrl_reason.stages.config import EvaluationConfig, MORLConfig, PythonReward, RunConfig
+from jaxrl_reason.stages.config import EvaluationConfig, RunConfig
 from jaxrl_reason.stages.sample import SampleConfig
+from jaxrl_reason.stages.stage_config import MORLConfig, PythonReward
 from jaxrl_reason.steps import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]

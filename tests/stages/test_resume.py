@@ -13,8 +13,9 @@ import pytest
 
 from jaxrl_reason import checkpoint
 from jaxrl_reason.metrics import read_metrics
-from jaxrl_reason.stages.config import PolicyConfig, RunConfig
+from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.stage_config import PolicyConfig
 from jaxrl_reason.steps import init_state, make_optimizer
 
 # Runs the command line, and dies by SIGKILL in the middle of `step` of `stage`: that step's metrics
