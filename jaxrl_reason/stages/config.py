@@ -11,7 +11,14 @@ from jaxrl_reason.config import Config, validate
 from jaxrl_reason.models import PRESETS, ModelConfig, preset
 from jaxrl_reason.sampling import SamplingConfig
 from jaxrl_reason.sharding import MeshConfig
-from jaxrl_reason.stages.stage_config import DPOConfig, PolicyConfig, Positive, Seed, StageConfig
+from jaxrl_reason.stages.stage_config import (
+    DPOConfig,
+    PolicyConfig,
+    Positive,
+    SampledPairs,
+    Seed,
+    StageConfig,
+)
 from jaxrl_reason.tasks import make_task
 
 
