@@ -93,15 +93,6 @@ def fill_rows(
     return batch
 
 
-def align_completions(values: np.ndarray, prompts: Sequence[Sequence[int]], row_length: int):
-    """Per-completion-token values [B, C] moved to where the completion lies in its row [B, T]."""
-    aligned = np.zeros((len(prompts), row_length), values.dtype)
-    for row, (prompt, of_completion) in enumerate(zip(prompts, values, strict=True)):
-        end = min(len(prompt) + len(of_completion), row_length)
-        aligned[row, len(prompt) : end] = of_completion[: end - len(prompt)]
-    return aligned
-
-
 def microbatches(batch: Batch, count: int) -> Batch:
     """Arrays [rows, ...] cut to [count, rows / count, ...], neighbouring rows spread over the cuts.
 

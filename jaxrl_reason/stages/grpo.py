@@ -53,7 +53,7 @@ def run_grpo(stage: Stage) -> None:
             scored.mask,
             weights=weights,
             num_generations=config.num_generations,
-            scale=config.scale_rewards,
+            scale=config.advantage_scale,
         )
         reward = np.sum(scored.rewards * scored.mask * weights, axis=1)
         return np.asarray(advantages), {"reward": reward.mean(), "reward_std": reward.std()}

@@ -270,8 +270,13 @@ class GRPOConfig(PolicyConfig):
 
     kind: Literal["grpo"]
     """`grpo`"""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the standard deviation of the group, of the batch, or not."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Divide advantages by the deviation of group or batch, or not; null: as `loss_type` has it."""
+
+    @property
+    def advantage_scale(self) -> str:
+        """`scale_rewards`, or what the paper of `loss_type` divides by."""
+        return self.scale_rewards or LOSS_TYPES[self.loss_type].scale
 
 
 class MORLConfig(PolicyConfig):

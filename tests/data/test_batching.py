@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxrl_reason.data.batching import (
-    align_completions,
     fill_rows,
     microbatches,
     pack,
@@ -62,12 +61,6 @@ def test_every_epoch_visits_every_example_once_in_a_new_order():
 def test_a_step_may_be_larger_than_an_epoch():
     chosen = step_indices(0, 1, size=3, batch_size=8)
     assert np.bincount(chosen).tolist() == [3, 3, 2] or np.bincount(chosen).min() >= 2
-
-
-def test_values_follow_their_completion():
-    values = np.asarray([[1.0, 2.0], [3.0, 4.0]])
-    aligned = align_completions(values, [[9], [9, 9, 9]], 4)
-    assert aligned.tolist() == [[0, 1, 2, 0], [0, 0, 0, 3]]
 
 
 def test_microbatches_cut_without_loss_and_refuse_a_remainder():

@@ -55,6 +55,16 @@ def test_grpo_takes_the_weighted_sum(advantages_of, scale):
     assert metrics["reward_std"] == pytest.approx(reward.std())
 
 
+@pytest.mark.parametrize(("loss_type", "scale"), [("dapo", "group"), ("dr_grpo", "none")])
+def test_grpo_scales_as_the_paper_of_its_loss_unless_told(advantages_of, loss_type, scale):
+    given = scored(objectives=2)
+    default, _ = advantages_of("grpo", loss_type=loss_type, **two())(given)
+    named, _ = advantages_of("grpo", loss_type=loss_type, scale_rewards=scale, **two())(given)
+    other, _ = advantages_of("grpo", loss_type=loss_type, scale_rewards="batch", **two())(given)
+    np.testing.assert_array_equal(default, named)
+    assert not np.allclose(default, other)
+
+
 def test_grpo_gives_nothing_for_a_reward_that_does_not_apply(advantages_of):
     function = advantages_of("grpo", **two())
     given = scored(objectives=2)
