@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_reason.models import Model, Params
-
 
 def token_logprobs(
     logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], *, temperature: float = 1.0
@@ -81,23 +79,6 @@ def chunked_token_logprobs(
     logprobs, entropy = jax.lax.map(lambda xs: recompute(*xs), (states, targets))
     join = lambda x: _shift(x.swapaxes(0, 1).reshape(batch, -1)[:, :length])
     return join(logprobs), join(entropy)
-
-
-def model_logprobs(
-    model: Model,
-    params: Params,
-    tokens: Int[Array, "B T"],
-    *,
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"],
-    temperature: float,
-    chunk_size: int,
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """`chunked_token_logprobs` of a model on rows of tokens: `(logprobs, entropy)`."""
-    hidden, _ = model.forward(params, tokens, positions=positions, segment_ids=segment_ids)
-    return chunked_token_logprobs(
-        hidden, model.unembedding(params), tokens, temperature=temperature, chunk_size=chunk_size
-    )
 
 
 def _from_hidden(states, targets, *, unembedding, temperature):

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.metrics import Stopwatch
 from jaxrl_reason.objectives import weighted_sum_advantages
 from jaxrl_reason.stages.completions import (
@@ -34,7 +33,12 @@ from jaxrl_reason.stages.completions import (
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.stage_config import GRPOConfig, PolicyConfig, reward_weights
 from jaxrl_reason.stages.training import StepResult, compile_step, train
-from jaxrl_reason.steps import PolicyObjective, make_optimizer, make_policy_step
+from jaxrl_reason.steps import (
+    PolicyObjective,
+    make_optimizer,
+    make_policy_step,
+    model_logprobs,
+)
 
 AdvantagesOf = Callable[[Scored], tuple[np.ndarray, dict[str, Any]]]
 """Rewards to one advantage per completion [B], and metrics of how that was done."""

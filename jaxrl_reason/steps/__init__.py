@@ -1,5 +1,6 @@
 """One pure update for each kind of training; the stages jit, shard and donate them."""
 
+from jaxrl_reason.steps.forward import model_logprobs
 from jaxrl_reason.steps.policy import PolicyObjective, make_policy_step
 from jaxrl_reason.steps.preference import make_preference_step, pair_logprobs
 from jaxrl_reason.steps.sft import make_sft_step
@@ -26,6 +27,7 @@ __all__ = [
     "make_policy_step",
     "make_preference_step",
     "make_sft_step",
+    "model_logprobs",
     "pair_logprobs",
     "state_shardings",
 ]

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxrl_reason.arrays import aggregate
-from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.losses import LOSS_TYPES, kl_estimate
 from jaxrl_reason.models import Model
 from jaxrl_reason.steps.accumulate import value_and_grad
+from jaxrl_reason.steps.forward import model_logprobs
 from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
 
 

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.arrays import WeightedMean, masked_sum
-from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.losses import PREFERENCE_LOSSES, SMOOTHED_LOSSES, preference_metrics
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.steps.accumulate import value_and_grad
+from jaxrl_reason.steps.forward import model_logprobs
 from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
 
 

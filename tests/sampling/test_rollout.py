@@ -9,10 +9,10 @@ import pytest
 
 from jaxrl_reason.data.batching import fill_rows
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.models import Model, ModelConfig
 from jaxrl_reason.sampling import Sampler, SamplingConfig
 from jaxrl_reason.sharding import MeshConfig, make_mesh, replicated
+from jaxrl_reason.steps import model_logprobs
 
 CONFIG = ModelConfig(
     vocab_size=24,

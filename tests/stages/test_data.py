@@ -14,12 +14,12 @@ from jaxrl_reason.cli import main
 from jaxrl_reason.config import to_json
 from jaxrl_reason.data.records import read_jsonl
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.metrics import read_metrics
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.dpo import pair_rows, preference_pairs, reference_logprobs, row_length
 from jaxrl_reason.stages.pipeline import plan
 from jaxrl_reason.stages.sft import demonstrations
+from jaxrl_reason.steps import model_logprobs
 
 ANSWER = "<think> </think> <answer> {} </answer>"
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from jaxrl_reason.data.batching import fill_rows, microbatches
-from jaxrl_reason.logprobs import model_logprobs
 from jaxrl_reason.models import Model, ModelConfig
 from jaxrl_reason.sharding import (
     MeshConfig,
@@ -28,6 +27,7 @@ from jaxrl_reason.steps import (
     make_policy_step,
     make_preference_step,
     make_sft_step,
+    model_logprobs,
     pair_logprobs,
     state_shardings,
 )
