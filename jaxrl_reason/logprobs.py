@@ -6,10 +6,16 @@ token of a document reads the end of the one before; it belongs to a prompt, so 
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import Array
+from jaxtyping import Float, Int
+
+_SHARDS = 64
+"""Blocks of the vocabulary take an equal part of this many (or fewer) stretches of it, so that an
+output head that is cut over up to 64 devices is read where it lies."""
 
 
 def token_logprobs(
@@ -40,16 +46,20 @@ def chunked_token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probs and entropies straight from hidden states, without the [B, T, V] logits.
 
-    The sequence is cut into spans of chunk_size // B positions of every row; logits of one span
-    exist at a time, in the forward pass and, by recomputation, in the backward pass. Spans run over
-    positions and not over rows, so a batch sharded over devices stays where it is.
+    The vocabulary is cut into blocks; logits of one block exist at a time. The forward pass keeps a
+    running log-sum-exp, as in online softmax (arXiv 1805.02867). The backward pass computes every
+    block again and turns it at once into its part of the two gradients, so neither pass holds more
+    than chunk_size x V numbers. Blocks of the vocabulary rather than spans of tokens, because then
+    the gradient of the output head is written once instead of being added up in every span. Only
+    reverse-mode differentiation is defined.
 
     Args:
         hidden: hidden states after the final norm.
         unembedding: the output head.
         tokens: the tokens whose log-probs are wanted; column t is predicted by hidden[:, t - 1].
         temperature: logits are divided by it.
-        chunk_size: tokens whose logits may exist at once; at least one position of every row does.
+        chunk_size: as many logits may exist at once as this number of tokens has. With
+            chunk_size >= B x (T - 1) nothing is cut and nothing computed twice.
 
     Returns:
         `(logprobs, entropy)`, values and gradients of `token_logprobs` and `token_entropy`.
@@ -57,38 +67,113 @@ def chunked_token_logprobs(
     _check(hidden, tokens, temperature)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size} must be at least 1 token")
-    if hidden.shape[-1] != unembedding.shape[0]:
+    if unembedding.ndim != 2 or hidden.shape[-1] != unembedding.shape[0]:
         raise ValueError(
             f"hidden has width {hidden.shape[-1]} and unembedding {unembedding.shape}: "
             "the first axis of unembedding must equal that width"
         )
     states, targets = hidden[:, :-1], tokens[:, 1:]
-    batch, length = targets.shape
-    span = max(1, chunk_size // batch)
-    of_span = functools.partial(_from_hidden, unembedding=unembedding, temperature=temperature)
-    if span >= length:
-        logprobs, entropy = of_span(states, targets)
-        return _shift(logprobs), _shift(entropy)
-    num_spans = -(-length // span)
-    padding = num_spans * span - length
-    states = jnp.pad(states, ((0, 0), (0, padding), (0, 0)))
-    targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    states = states.reshape(batch, num_spans, span, -1).swapaxes(0, 1)
-    targets = targets.reshape(batch, num_spans, span).swapaxes(0, 1)
-    recompute = jax.checkpoint(of_span)
-    logprobs, entropy = jax.lax.map(lambda xs: recompute(*xs), (states, targets))
-    join = lambda x: _shift(x.swapaxes(0, 1).reshape(batch, -1)[:, :length])
-    return join(logprobs), join(entropy)
+    width, vocabulary = unembedding.shape
+    shards = math.gcd(vocabulary, _SHARDS)
+    columns = vocabulary // shards
+    size = max(1, columns * chunk_size // max(1, targets.size))
+    if size >= columns:
+        logits = _product("btd,dv->btv", states, unembedding.astype(states.dtype))
+        logprobs, entropy = _logprobs_entropy(logits, targets, temperature)
+    else:
+        head = unembedding.reshape(width, shards, columns)
+        heat = jnp.asarray(temperature, _wide(states.dtype))
+        logprobs, entropy = _blockwise(states, head, targets, heat, size)
+    return _shift(logprobs), _shift(entropy)
 
 
-def _from_hidden(states, targets, *, unembedding, temperature):
-    logits = jnp.einsum(
-        "btd,dv->btv",
-        states,
-        unembedding.astype(states.dtype),
-        preferred_element_type=_wide(states.dtype),
-    )
-    return _logprobs_entropy(logits, targets, temperature)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _blockwise(states, head, targets, temperature, size):
+    """Log-probs and entropies [B, T] from states [B, T, D] and head [D, S, V / S].
+
+    A block is `size` columns of each of the S stretches.
+    """
+    return _blockwise_forward(states, head, targets, temperature, size)[0]
+
+
+def _blockwise_forward(states, head, targets, temperature, size):
+    zeros = jnp.zeros(targets.shape, _wide(states.dtype))
+
+    def add(i, sums):
+        top, total, weighted, chosen = sums
+        _, _, logits, wanted = _block(states, head, targets, temperature, i, size)
+        highest = jnp.maximum(top, jnp.max(logits, axis=(-2, -1)))
+        # Where all logits so far are -inf there is no finite maximum to subtract.
+        base = jnp.where(jnp.isneginf(highest), 0, highest)
+        shrink = jnp.exp(top - base)
+        likelihood = jnp.exp(logits - base[..., None, None])
+        finite = jnp.where(jnp.isneginf(logits), 0, logits)
+        total = total * shrink + jnp.sum(likelihood, axis=(-2, -1))
+        weighted = weighted * shrink + jnp.sum(likelihood * finite, axis=(-2, -1))
+        chosen += jnp.sum(jnp.where(wanted, logits, 0), axis=(-2, -1))
+        return highest, total, weighted, chosen
+
+    start = (zeros - jnp.inf, zeros, zeros, zeros)
+    top, total, weighted, chosen = jax.lax.fori_loop(0, _count(head, size), add, start)
+    log_normalizers = top + jnp.log(total)
+    entropy = log_normalizers - weighted / total
+    saved = (states, head, targets, temperature, log_normalizers, entropy)
+    return (chosen - log_normalizers, entropy), saved
+
+
+def _blockwise_backward(size, saved, gradients):
+    """With p the probabilities, d log p(token) = 1[token] - p and dH = -p (log p + H)."""
+    states, head, targets, temperature, log_normalizers, entropy = saved
+    of_logprob, of_entropy = (g[..., None, None] for g in gradients)
+
+    def add(i, sums):
+        of_states, of_head = sums
+        start, part, logits, wanted = _block(states, head, targets, temperature, i, size)
+        logprobs = logits - log_normalizers[..., None, None]
+        # p log p is 0 where p is 0, and not NaN.
+        surprise = jnp.where(jnp.isneginf(logits), 0, logprobs) + entropy[..., None, None]
+        slope = jnp.exp(logprobs) * (of_logprob + of_entropy * surprise)
+        slope = ((jnp.where(wanted, of_logprob, 0) - slope) / temperature).astype(states.dtype)
+        of_states += _product("btsv,dsv->btd", slope, part)
+        of_part = _product("btsv,btd->dsv", slope, states)
+        # Added and not set, because the last block may overlap the one before.
+        old = jax.lax.dynamic_slice_in_dim(of_head, start, size, axis=2)
+        return of_states, jax.lax.dynamic_update_slice_in_dim(of_head, old + of_part, start, axis=2)
+
+    wide = _wide(states.dtype)
+    zeros = (jnp.zeros(states.shape, wide), jnp.zeros(head.shape, wide))
+    of_states, of_head = jax.lax.fori_loop(0, _count(head, size), add, zeros)
+    # Logits are states . head / temperature: a larger temperature acts as smaller states do.
+    of_temperature = -jnp.sum(of_states * states.astype(wide)) / temperature
+    return of_states.astype(states.dtype), of_head.astype(head.dtype), None, of_temperature
+
+
+_blockwise.defvjp(_blockwise_forward, _blockwise_backward)
+
+
+def _count(head, size):
+    return -(-head.shape[-1] // size)
+
+
+def _block(states, head, targets, temperature, i, size):
+    """Block i: its first column, its part of the head, its logits [B, T, S, n], which is wanted.
+
+    The last block ends with the vocabulary; columns that it shares with the one before get -inf.
+    """
+    i = i.astype(jnp.int32)
+    stretches, columns = head.shape[1:]
+    start = jnp.minimum(i * size, columns - size)
+    part = jax.lax.dynamic_slice_in_dim(head, start, size, axis=2).astype(states.dtype)
+    logits = _product("btd,dsv->btsv", states, part) / temperature
+    column = start + jnp.arange(size, dtype=jnp.int32)[None, None, None]
+    new = column >= i * size
+    token = columns * jnp.arange(stretches, dtype=jnp.int32)[None, None, :, None] + column
+    wanted = (token == targets.astype(jnp.int32)[..., None, None]) & new
+    return start, part, jnp.where(new, logits, -jnp.inf), wanted
+
+
+def _product(subscripts, left, right):
+    return jnp.einsum(subscripts, left, right, preferred_element_type=_wide(left.dtype))
 
 
 def _logprobs_entropy(logits, targets, temperature):

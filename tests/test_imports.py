@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "advantages": {"arrays"},
     "losses": {"arrays"},
     "objectives": {"arrays"},
-    "logprobs": {"arrays", "models"},
+    "logprobs": {"arrays"},
     "sampling": {"arrays", "models"},
     "steps": STEPS,
     "stages": LEAVES | STEPS | {"sampling", "steps"},

@@ -100,6 +100,70 @@ def test_only_one_position_of_logits_lives_at_a_time():
     assert peak(8) < peak(2 * length) / 4
 
 
+def test_a_traced_temperature_has_its_gradient():
+    hidden, head, tokens = arrays(4)
+    with jax.enable_x64(True):
+        hidden, head = jnp.asarray(hidden), jnp.asarray(head)
+
+        def plain(temperature):
+            logits = jnp.einsum("btd,dv->btv", hidden, head)
+            entropy = token_entropy(logits, temperature=temperature)
+            return jnp.sum(token_logprobs(logits, tokens, temperature=temperature) + 2 * entropy)
+
+        def chunked(temperature):
+            pair = chunked_token_logprobs(
+                hidden, head, tokens, temperature=temperature, chunk_size=5
+            )
+            return jnp.sum(pair[0] + 2 * pair[1])
+
+        for temperature in (0.7, 1.3):
+            np.testing.assert_allclose(
+                jax.grad(chunked)(temperature), jax.grad(plain)(temperature), rtol=1e-12
+            )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_states_give_float32_results(dtype):
+    hidden, head, tokens = arrays(5)
+    hidden, head = jnp.asarray(hidden, dtype), jnp.asarray(head, jnp.float32)
+    exact = jnp.einsum(
+        "btd,dv->btv", *(x.astype(jnp.float32) for x in (hidden, head.astype(dtype)))
+    )
+    logprobs, entropy = chunked_token_logprobs(hidden, head, tokens, chunk_size=4)
+    assert logprobs.dtype == entropy.dtype == jnp.float32
+    np.testing.assert_allclose(logprobs, token_logprobs(exact, tokens), atol=1e-5)
+    np.testing.assert_allclose(entropy, token_entropy(exact), atol=1e-5)
+    loss = lambda h, w: jnp.sum(chunked_token_logprobs(h, w, tokens, chunk_size=4)[0])
+    of_hidden, of_head = jax.grad(loss, argnums=(0, 1))(hidden, head)
+    assert of_hidden.dtype == dtype
+    assert of_head.dtype == jnp.float32
+
+
+def test_a_head_cut_over_devices_is_read_where_it_lies(mesh8):
+    rng = np.random.default_rng(6)
+    batch, length, width, vocab = 4, 9, 8, 192
+    hidden = rng.normal(size=(batch, length, width)).astype(np.float32)
+    head = rng.normal(size=(width, vocab)).astype(np.float32)
+    tokens = rng.integers(0, vocab, (batch, length)).astype(np.int32)
+
+    def gradients(hidden, head, tokens):
+        def loss(hidden, head):
+            pair = chunked_token_logprobs(hidden, head, tokens, chunk_size=8)
+            return jnp.sum(pair[0] + pair[1])
+
+        return jax.grad(loss, argnums=(0, 1))(hidden, head)
+
+    specs = [("data", None, None), (None, "tensor"), ("data", None)]
+    shardings = [jax.NamedSharding(mesh8, jax.sharding.PartitionSpec(*spec)) for spec in specs]
+    sharded = jax.jit(gradients, in_shardings=shardings, out_shardings=tuple(shardings[:2]))
+    compiled = sharded.lower(hidden, head, tokens).compile()
+    for got, wanted in zip(
+        compiled(hidden, head, tokens), jax.jit(gradients)(hidden, head, tokens), strict=True
+    ):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+    assert "all-gather" not in compiled.as_text()
+
+
 def test_errors_name_shapes():
     with pytest.raises(ValueError, match="must match the first two axes"):
         token_logprobs(jnp.zeros((2, 3, 4)), jnp.zeros((2, 2), jnp.int32))
