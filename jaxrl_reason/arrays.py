@@ -158,6 +158,33 @@ def masked_moments(
     return mean, std, ~equal
 
 
+def sequence_sum(
+    values: Float[Array, "B T"],
+    mask: Shaped[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+    """For every token the sum over the counted tokens of its own sequence.
+
+    Values [1, 2, 4, 8] that all count give [3, 3, 12, 12] in the segments [1, 1, 2, 2]. A NaN that
+    counts stays in its own sequence, in value and gradient.
+
+    Args:
+        segment_ids: which sequence of its row a token belongs to, from 0 to T; a row is one
+            sequence without it.
+    """
+    (values,), mask = to_floats(values), to_mask(mask)
+    check_shape("mask", mask, values.shape)
+    values = jnp.where(mask, values, 0)
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.sum(values, axis=-1, keepdims=True), values.shape)
+    check_shape("segment_ids", segment_ids, values.shape)
+
+    def of_row(values, ids):
+        return jnp.zeros(values.size + 1, values.dtype).at[ids].add(values)[ids]
+
+    return jnp.vectorize(of_row, signature="(t),(t)->(t)")(values, segment_ids)
+
+
 def split_groups(rows: Shaped[Array, "B ..."], num_generations: int) -> Shaped[Array, "N G ..."]:
     """``[B, ...]`` to ``[B / num_generations, num_generations, ...]``."""
     if num_generations < 1 or rows.shape[0] % num_generations:
@@ -203,7 +230,7 @@ def aggregate(
         raise ValueError(f"how='constant' needs a positive max_length; got {max_length}")
     if how == "token_mean":
         return WeightedMean(masked_sum(values, mask), jnp.sum(mask, dtype=values.dtype))
-    lengths = _sequence_lengths(mask, segment_ids).astype(values.dtype)
+    lengths = sequence_sum(jnp.ones_like(values), mask, segment_ids)
     if how == "constant" and segment_ids is None:
         weight = jnp.asarray(values.shape[0] * longest, values.dtype)
         return WeightedMean(masked_sum(values, mask), weight)
@@ -214,17 +241,3 @@ def aggregate(
     if how == "sequence_mean":
         values = jnp.where(mask, values, 0) / jnp.maximum(lengths, 1)
     return WeightedMean(masked_sum(values, mask), sequences)
-
-
-def _sequence_lengths(mask: Bool[Array, "B T"], segment_ids) -> Int[Array, "B T"]:
-    """For every token the number of counted tokens in its own sequence."""
-    if segment_ids is None:
-        counts = jnp.sum(mask, axis=1, keepdims=True, dtype=jnp.int32)
-        return jnp.broadcast_to(counts, mask.shape)
-    check_shape("segment_ids", segment_ids, mask.shape)
-    width = mask.shape[1] + 1
-
-    def of_row(mask, ids):
-        return jnp.zeros(width, jnp.int32).at[ids].add(mask.astype(jnp.int32))[ids]
-
-    return jax.vmap(of_row)(mask, segment_ids)

@@ -3,17 +3,21 @@
 import ast
 import contextlib
 import io
+import os
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 
+from jaxrl_reason import advantages, losses, objectives
 from jaxrl_reason.cli import _parser
 from jaxrl_reason.config import load_yaml
+from jaxrl_reason.conformance.implementation import public_functions
 from jaxrl_reason.data.tokenizer import build_tokenizer, render_completion, render_prompt
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.stages.config import RunConfig
@@ -24,7 +28,10 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+MODULE = re.compile(r"# (\w+)\.py\n")
 OPTIONS = ROOT / "scripts" / "docs" / "options.py"
+LOSSES = ROOT / "docs" / "losses.md"
+ARXIV = re.compile(r"\d{4}\.\d{5}")
 
 of_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -81,14 +88,21 @@ def test_a_stale_table_is_rewritten():
 
 @of_page
 def test_python_blocks_run_and_print_what_the_page_shows(page, monkeypatch):
-    """The blocks of a page run as one program."""
+    """Blocks continue each other, but one that imports jax begins a program of its own.
+
+    A block that begins with the name of a file is that module, for the blocks after it.
+    """
     before = dict(TASKS)
-    names: dict = {"__name__": page.stem}
-    monkeypatch.setitem(sys.modules, page.stem, type(sys)(page.stem))
+    names: dict = {}
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             for code in blocks(page, "python"):
+                file = MODULE.match(code)
+                if file or not names or "import jax\n" in code:
+                    module = type(sys)(file[1] if file else page.stem)
+                    names = vars(module)
+                    monkeypatch.setitem(sys.modules, module.__name__, module)
                 exec(compile(ast.parse(code), str(page), "exec"), names)
     finally:
         TASKS.clear()
@@ -160,3 +174,86 @@ def test_configurations_fit_their_task(path):
 def test_an_unknown_option_in_a_configuration_is_refused():
     with pytest.raises(InputError, match="max_length"):
         RunConfig.load(CONFIGS[0], ["stages.cold_start.max_lenght=64"])
+
+
+def rows_of(page: Path) -> list[tuple[set[str], str]]:
+    """Each row of the page's tables: the names in its first cell, and the whole row."""
+    lines = FENCE.sub("", page.read_text()).splitlines()
+    rows = [line for line in lines if line.startswith("| `")]
+    return [(set(re.findall(r"`(\w+)`", row.split("|")[1])), row) for row in rows]
+
+
+def test_losses_md_has_every_public_function_and_name():
+    told = set(re.findall(r"`(\w+)`", LOSSES.read_text()))
+    wanted = {name for module in (losses, objectives) for name in module.__all__}
+    wanted |= set(public_functions(advantages))
+    wanted |= {*losses.LOSS_TYPES, *losses.PREFERENCE_LOSSES, *objectives.AGGREGATORS}
+    assert wanted - told == set()
+
+
+def test_losses_md_tells_functions_of_names_as_the_code_does():
+    rows = rows_of(LOSSES)
+    for name, variant in losses.LOSS_TYPES.items():
+        parts = (name, variant.loss.__name__, variant.aggregation, variant.scale)
+        expected = "| " + " | ".join(f"`{part}`" for part in parts) + " |"
+        assert expected in [row for _, row in rows]
+    for name, loss in losses.PREFERENCE_LOSSES.items():
+        (row,) = [row for names, row in rows if names == {loss.__name__}]
+        # The trainers of losses without a reference are named after them.
+        assert f"`{name}`" in row or f"`{name.upper()}Trainer`" in row
+
+
+def test_losses_md_cites_what_the_docstrings_cite():
+    sources = [*(ROOT / "jaxrl_reason").glob("*.py"), *(ROOT / "jaxrl_reason").rglob("*/*.py")]
+    cited = set(ARXIV.findall("".join(source.read_text() for source in sources)))
+    assert set(ARXIV.findall(LOSSES.read_text())) <= cited
+    for names, row in rows_of(LOSSES):
+        for name in names & {*public_functions(losses), *public_functions(objectives)}:
+            module = losses if hasattr(losses, name) else objectives
+            source = set(ARXIV.findall(getattr(module, name).__doc__))
+            here = set(ARXIV.findall(row))
+            assert not source or not here or source & here, f"{name}: {here}, not {source}"
+
+
+def test_conformance_md_names_the_tests_of_the_suite():
+    told = {name for names, _ in rows_of(ROOT / "docs" / "conformance.md") for name in names}
+    suite = ROOT / "jaxrl_reason" / "conformance"
+    files = [(suite / f"test_{name}.py").read_text() for name in ("cases", "golden")]
+    assert told == set(re.findall(r"^def test_(\w+)\(", "".join(files), re.MULTILINE))
+
+
+def test_the_adapter_of_conformance_md_conforms(tmp_path):
+    """As shown it passes, and without what the page calls necessary it fails as the page says."""
+    page = ROOT / "docs" / "conformance.md"
+    for code in blocks(page, "python"):
+        (tmp_path / f"{MODULE.match(code)[1]}.py").write_text(code)
+    (command,) = re.findall(r"^pytest .* --impl my_adapter$", page.read_text(), re.MULTILINE)
+    words = [*shlex.split(command)[1:], "-k", "sapo_loss", "-q", "-p", "no:cacheprovider"]
+    settings = {name: os.environ[name] for name in os.environ if not name.startswith("PYTEST")}
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", *words],
+            cwd=tmp_path,
+            env=settings,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, output = run()
+    assert (code, "1 functions checked, 0 missing" in output) == (0, True), output
+
+    own = tmp_path / "my_losses.py"
+    right = own.read_text()
+    wrong = right.replace("jnp.clip(new - old, -20, 20)", "new - old")
+    wrong = re.sub(".*stop_gradient.*\n", "", wrong)
+    assert len(right.splitlines()) == len(wrong.splitlines()) + 1
+    own.write_text(wrong)
+    code, output = run()
+    assert code == 1, output
+    assert set(re.findall(r"^FAILED .*::(\w+)", output, re.MULTILINE)) >= {
+        "test_masked",
+        "test_oracle",
+    }

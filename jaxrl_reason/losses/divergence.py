@@ -11,7 +11,8 @@ _ESTIMATORS = {
     "k1": lambda difference: difference,
     "k2": lambda difference: 0.5 * jnp.square(difference),
     "k3": lambda difference: bounded_exp(-difference) + difference - 1,
-    "k1_abs": jnp.abs,
+    # JAX gives the absolute value slope 1 at 0, where the policy equals the reference.
+    "k1_abs": lambda difference: difference * jax.lax.stop_gradient(jnp.sign(difference)),
 }
 
 
@@ -20,10 +21,12 @@ def kl_estimate(
 ) -> Float[Array, "B T"]:
     """Schulman's estimators (http://joschu.net/blog/kl-approx.html) on tokens drawn from p.
 
-    With d = log p - log p_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, k1_abs = |d|. k3 is
-    never negative and is GRPO's (arXiv 2402.03300, eq. 4). The gradient flows through ``logprobs``
-    only. As a loss on fresh samples, k2 has the gradient of the reverse KL, and that of k1 is 0 on
-    average.
+    With d = log p - log p_ref: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d, k1_abs = |d|. As values,
+    k1 and k3 have mean KL(p || p_ref); k3 is never negative and is GRPO's (arXiv 2402.03300, eq.
+    4). k2 and k1_abs are biased.
+
+    The gradient flows through ``logprobs`` only. Used as a loss on fresh samples its mean is that
+    of KL(p || p_ref) for k2, of KL(p_ref || p) for k3, and 0 for k1 (arXiv 2510.01555).
     """
     check_choice("estimator", estimator, tuple(_ESTIMATORS))
     logprobs, ref_logprobs = to_floats(logprobs, ref_logprobs)

@@ -1,7 +1,8 @@
 """M gradients to one update direction: MGDA, PCGrad, CAGrad.
 
 ``gradients`` is an array ``[M, P]`` or a pytree whose leaves are ``[M, ...]``. Only inner products
-of whole gradients decide, so the methods see an ``[M, M]`` matrix and the tree is read twice.
+of whole gradients decide, so the methods see an ``[M, M]`` matrix and the tree is read twice. To
+whoever differentiates a direction, the weights in it are constants.
 """
 
 import jax
@@ -9,16 +10,14 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PyTree, Shaped
 
-from jaxrl_reason.arrays import check_choice, to_floats
+from jaxrl_reason.arrays import check_choice, check_shape, to_floats, to_mask
 from jaxrl_reason.objectives.simplex import cagrad_weights, min_norm_weights, pcgrad_weights
 
 
 def gram_matrix(gradients: PyTree[Float[Array, "M ..."]]) -> Float[Array, "M M"]:
     """Inner products of the M gradients over all leaves, in full precision."""
     leaves = jax.tree.leaves(gradients)
-    sizes = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in leaves}
-    if len(sizes) != 1 or None in sizes:
-        raise ValueError(f"leaves have leading sizes {sizes}; expected one M, the objectives")
+    _count(leaves)
 
     def inner(leaf):
         (leaf,) = to_floats(leaf)
@@ -62,6 +61,7 @@ def mgda(
         method: see ``min_norm_weights``, as for ``steps``.
     """
     check_choice("normalize", normalize, ("none", "l2"))
+    gradients, mask = _live(gradients, mask)
     gram = gram_matrix(gradients)
     if normalize == "l2":
         squares = jnp.diagonal(gram)
@@ -69,7 +69,7 @@ def mgda(
         scaled = gram * inverse[:, None] * inverse[None, :]
     else:
         scaled = gram
-    weights = min_norm_weights(scaled, _all(mask, gram), method=method, steps=steps)
+    weights = min_norm_weights(scaled, mask, method=method, steps=steps)
     return combine(gradients, weights)
 
 
@@ -88,11 +88,12 @@ def pcgrad(
         key: decides the order, drawn anew for each gradient.
         mask: false for gradients to leave out.
     """
+    gradients, mask = _live(gradients, mask)
     gram = gram_matrix(gradients)
     size = gram.shape[0]
     keys = jax.random.split(key, size)
     orders = jax.vmap(lambda one: jax.random.permutation(one, size))(keys)
-    return combine(gradients, pcgrad_weights(gram, _all(mask, gram), orders))
+    return combine(gradients, pcgrad_weights(gram, mask, orders))
 
 
 def cagrad(
@@ -106,9 +107,28 @@ def cagrad(
     CAGrad, arXiv 2110.14048, algorithm 1, without the later division by 1 + c of its toy code.
     c = 0 is the mean gradient, and a large c turns to MGDA's direction.
     """
+    gradients, mask = _live(gradients, mask)
     gram = gram_matrix(gradients)
-    return combine(gradients, cagrad_weights(gram, _all(mask, gram), c=c))
+    return combine(gradients, cagrad_weights(gram, mask, c=c))
 
 
-def _all(mask, gram):
-    return jnp.ones_like(gram[0], dtype=jnp.bool_) if mask is None else mask
+def _count(gradients) -> int:
+    sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(gradients)}
+    if len(sizes) != 1 or () in sizes:
+        raise ValueError(f"leaves have leading sizes {sizes}; expected one M, the objectives")
+    return sizes.pop()[0]
+
+
+def _live(gradients, mask):
+    """Gradients with 0 for those that are left out, and the mask as an array."""
+    size = _count(gradients)
+    if mask is None:
+        return gradients, jnp.ones(size, jnp.bool_)
+    mask = to_mask(mask)
+    check_shape("mask", mask, (size,))
+
+    def keep(leaf):
+        return jnp.where(mask.reshape(size, *[1] * (jnp.ndim(leaf) - 1)), leaf, 0)
+
+    # A weight of 0 would not take away a NaN.
+    return jax.tree.map(keep, gradients), mask

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Shaped
 from jaxrl_reason.arrays import (
     check_choice,
     check_shape,
+    masked_mean,
     masked_moments,
     split_groups,
     to_floats,
@@ -74,7 +75,7 @@ def imputed(
 
     The mean makes a gap neutral in a sum; where an objective does not apply at all it is 0.
     """
-    mean, _, _ = masked_moments(rewards, mask, axis=1, ddof=0)
+    mean = masked_mean(rewards, mask, axis=1)[:, None]
     return jnp.where(mask, rewards, mean), jnp.any(mask, axis=1)
 
 

@@ -2,6 +2,7 @@
 
 Everything here is ``[M, M]`` algebra on ``gram[i, j] = <v_i, v_j>`` with a mask ``[M]``, false for
 vectors to leave out; vmap over groups. Vectors may be clones of each other, zero, or dependent.
+The weights are detached: where they are not unique an argmin has no derivative.
 """
 
 import itertools
@@ -33,7 +34,8 @@ def min_norm_weights(
     """
     check_choice("method", method, ("faces", "frank_wolfe"))
     gram, mask = _masked_gram(gram, mask)
-    return _faces(gram, mask) if method == "faces" else _frank_wolfe(gram, mask, steps)
+    weights = _faces(gram, mask) if method == "faces" else _frank_wolfe(gram, mask, steps)
+    return jax.lax.stop_gradient(weights)
 
 
 def capped_weights(
@@ -46,6 +48,7 @@ def capped_weights(
     check_number("max_weight", max_weight, above=0, at_most=1)
     (weights,), mask = to_floats(weights), to_mask(mask)
     check_shape("mask", mask, weights.shape)
+    weights = jnp.where(mask, weights, 0)
     count = jnp.sum(mask, dtype=weights.dtype)
     cap = jnp.maximum(max_weight, 1 / jnp.maximum(count, 1))
 
@@ -57,7 +60,7 @@ def capped_weights(
     corners = jnp.sort(jnp.concatenate([-weights, cap - weights]))
     sums = jax.vmap(lambda shift: jnp.sum(shifted(shift)))(corners)
     projected = shifted(jnp.interp(jnp.ones_like(cap), sums, corners))
-    return jnp.where(jnp.max(weights) <= cap, weights, projected)
+    return jax.lax.stop_gradient(jnp.where(jnp.max(weights) <= cap, weights, projected))
 
 
 def pcgrad_weights(
@@ -69,6 +72,8 @@ def pcgrad_weights(
     still points.
     """
     gram, mask = _masked_gram(gram, mask)
+    orders = jnp.asarray(orders)
+    check_shape("orders", orders, gram.shape)
 
     def project(i, order):
         def along(k, coefficients):
@@ -82,8 +87,10 @@ def pcgrad_weights(
         start = jax.nn.one_hot(i, gram.shape[0], dtype=gram.dtype)
         return jax.lax.fori_loop(0, gram.shape[0], along, start)
 
-    coefficients = jax.vmap(project)(jnp.arange(gram.shape[0]), orders)  # [M, M]
-    return jnp.sum(jnp.where(mask[:, None], coefficients, 0), axis=0)
+    coefficients = jax.vmap(project)(
+        jnp.arange(gram.shape[0], dtype=orders.dtype), orders
+    )  # [M, M]
+    return jax.lax.stop_gradient(jnp.sum(jnp.where(mask[:, None], coefficients, 0), axis=0))
 
 
 def mean_pcgrad_weights(gram: Float[Array, "M M"], mask: Shaped[Array, " M"]) -> Float[Array, " M"]:
@@ -131,7 +138,7 @@ def cagrad_weights(
     noise = 8 * jnp.finfo(gram.dtype).eps * jnp.max(jnp.diagonal(gram))
     vanishes = jnp.square(length) <= noise
     pull = jnp.where(vanishes, 0, radius / jnp.where(vanishes, 1, length))
-    return mean + pull * candidates[best]
+    return jax.lax.stop_gradient(mean + pull * candidates[best])
 
 
 def _masked_gram(gram, mask) -> tuple[Float[Array, "M M"], Bool[Array, " M"]]:
@@ -179,8 +186,6 @@ def _feasible(candidates, faces):
 
 
 def _faces(gram, mask):
-    scale = jnp.max(jnp.diagonal(gram))
-    gram = gram / jnp.where(scale > 0, scale, 1)
     faces, systems = _face_systems(gram)
     # [gram 1; 1^T 0] [w; x] = [0; 1] on each face.
     border = jnp.concatenate([faces, jnp.zeros_like(faces[:, :1])], axis=-1)

@@ -19,7 +19,8 @@ from jaxrl_reason.rewards import (
 from jaxrl_reason.sampling import Rollout
 from jaxrl_reason.sharding import place_batch
 from jaxrl_reason.stages.context import Stage
-from jaxrl_reason.stages.stage_config import PolicyConfig, PythonReward, reward_name
+from jaxrl_reason.stages.reward_config import PythonReward, reward_name
+from jaxrl_reason.stages.stage_config import PolicyConfig
 from jaxrl_reason.tasks import Problem
 
 

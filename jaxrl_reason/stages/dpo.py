@@ -1,8 +1,9 @@
-"""Direct preference optimisation (arXiv 2305.18290) against the parent.
+"""Direct preference optimisation (arXiv 2305.18290) against the parent, and its relatives.
 
 The reference is the parent itself; its log-probs of every pair are computed once, before the first
-step, and its parameters are then let go. Pairs come from a file or from the parent's own samples: a
-completion that the verifier accepts against one that it rejects.
+step, and its parameters are then let go. Losses without a reference compute none. Pairs come from a
+file or from the parent's own samples: a completion that the verifier accepts against one that it
+rejects.
 """
 
 from typing import Any
@@ -19,7 +20,14 @@ from jaxrl_reason.sharding import batch_multiple, place_batch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.stage_config import DPOConfig, FileData
 from jaxrl_reason.stages.training import StepResult, compile_step, train
-from jaxrl_reason.steps import make_optimizer, make_preference_step, pair_logprobs
+from jaxrl_reason.steps import (
+    Optimizer,
+    Step,
+    make_optimizer,
+    make_preference_step,
+    needs_reference,
+    pair_logprobs,
+)
 
 Pair = tuple[Example, Example]
 """Token ids of a chosen and of a rejected (prompt, completion)."""
@@ -34,30 +42,39 @@ def run_dpo(stage: Stage) -> None:
     stage.check_rows("batch_size", config.batch_size, microbatches=count)
     pairs = preference_pairs(stage)
     length = row_length(stage, pairs)
-    reference = reference_logprobs(stage, pairs, length)
+    reference = None
+    if needs_reference(config.loss_type):
+        reference = reference_logprobs(stage, pairs, length)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    step_function = make_preference_step(
-        stage.context.model,
-        optimizer,
-        beta=config.beta,
-        label_smoothing=config.label_smoothing,
-        loss_type=config.loss_type,
-        loss_weights=config.loss_weights or (1.0,) * len(config.loss_type),
-        logprob_chunk_size=config.logprob_chunk_size,
-    )
-    update = compile_step(stage, step_function, optimizer)
+    update = preference_update(stage, optimizer)
 
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(pairs), batch_size=config.batch_size)
         batch = pair_rows(stage, [pairs[i] for i in chosen], length)
         num_tokens = int((batch["segment_ids"] > 0).sum())
-        batch["ref_logprobs"] = reference[chosen]
+        if reference is not None:
+            batch["ref_logprobs"] = reference[chosen]
         cut = microbatches(batch, count)
         state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
-        return StepResult(state, metrics, num_tokens)
+        return StepResult(state, [metrics], {}, num_tokens, int(batch["completion_mask"].sum()))
 
     show = ("loss", "rewards/accuracies", "rewards/margins")
     train(stage, optimizer, one_step, show=show, data_hash=hash_json(pairs))
+
+
+def preference_update(stage: Stage, optimizer: Optimizer) -> Step:
+    """The compiled update of a stage."""
+    config: DPOConfig = stage.config
+    step = make_preference_step(
+        stage.context.model,
+        optimizer,
+        loss_type=config.loss_type,
+        loss_weights=config.loss_weights or (1.0,) * len(config.loss_type),
+        beta=config.beta,
+        options=config.options,
+        logprob_chunk_size=config.logprob_chunk_size,
+    )
+    return compile_step(stage, step, optimizer)
 
 
 def preference_pairs(stage: Stage) -> list[Pair]:

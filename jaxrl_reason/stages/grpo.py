@@ -34,7 +34,9 @@ from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.stage_config import GRPOConfig, PolicyConfig, reward_weights
 from jaxrl_reason.stages.training import StepResult, compile_step, train
 from jaxrl_reason.steps import (
+    Optimizer,
     PolicyObjective,
+    Step,
     make_optimizer,
     make_policy_step,
     model_logprobs,
@@ -73,22 +75,7 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
     functions = reward_functions(config)
     rows = PolicyRows(stage)
     optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations)
-    update = compile_step(
-        stage,
-        make_policy_step(
-            context.model,
-            optimizer,
-            PolicyObjective(
-                loss_type=config.loss_type,
-                options=config.clipping,
-                beta=config.beta,
-                temperature=config.sampling.temperature,
-                max_completion_length=config.max_completion_length,
-            ),
-            logprob_chunk_size=config.logprob_chunk_size,
-        ),
-        optimizer,
-    )
+    update = policy_update(stage, optimizer)
     reference = _reference(stage) if config.beta > 0 else None
 
     def one_step(state, step):
@@ -109,11 +96,14 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
             batch = rows.place(rollout, advantages)
             if reference is not None:
                 batch["ref_logprobs"] = reference(batch)
+            updates = []
             for _ in range(config.num_iterations):
                 state, metrics = update(state, batch)
-            metrics = jax.device_get(metrics)
-        metrics = {**metrics, **how, **completion_metrics(config, scored, rollout), **seconds}
-        return StepResult(state, metrics, int(rollout.lengths.sum()))
+                updates.append(metrics)
+            updates = jax.device_get(updates)
+        metrics = {**how, **completion_metrics(config, scored, rollout), **seconds}
+        num_tokens = int(rollout.lengths.sum())
+        return StepResult(state, updates, metrics, num_tokens, num_tokens, advantages)
 
     show = ("reward", "rewards/accuracy/mean", "completions/mean_length")
     train(
@@ -124,6 +114,22 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
         data_hash=stage.context.root_hash,
         updates_per_step=config.num_iterations,
     )
+
+
+def policy_update(stage: Stage, optimizer: Optimizer) -> Step:
+    """The compiled update of a stage."""
+    config: PolicyConfig = stage.config
+    objective = PolicyObjective(
+        loss_type=config.loss_type,
+        options=config.options,
+        beta=config.beta,
+        temperature=config.sampling.temperature,
+        max_completion_length=config.max_completion_length,
+    )
+    step = make_policy_step(
+        stage.context.model, optimizer, objective, logprob_chunk_size=config.logprob_chunk_size
+    )
+    return compile_step(stage, step, optimizer)
 
 
 def _reference(stage: Stage):

@@ -41,8 +41,8 @@ def run_sft(stage: Stage) -> None:
         num_tokens = int((batch["segment_ids"] > 0).sum())
         cut = microbatches(batch, microbatch_count)
         state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
-        metrics["num_tokens"] = batch["completion_mask"].sum()
-        return StepResult(state, metrics, num_tokens)
+        counted = int(batch["completion_mask"].sum())
+        return StepResult(state, [metrics], {"num_tokens": counted}, num_tokens, counted)
 
     train(stage, optimizer, one_step, show=("loss",), data_hash=hash_json(examples))
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
@@ -15,11 +16,35 @@ from jaxrl_reason.errors import nearest
 from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES, SMOOTHED_LOSSES
 from jaxrl_reason.objectives import AGGREGATORS
 from jaxrl_reason.sampling import SamplingConfig
+from jaxrl_reason.stages.loss_options import (
+    POLICY_OPTIONS,
+    PREFERENCE_OPTIONS,
+    check_loss_options,
+    check_policy_loss,
+    check_preference_loss,
+    is_of_sequence,
+    without_effect,
+)
+from jaxrl_reason.stages.reward_config import AnyReward, reward_name
 from jaxrl_reason.steps import OptimizerConfig
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _listed(given: Any) -> Any:
+    if isinstance(given, str):
+        return (given,)
+    # Past this validator a list is no JSON array any more, and pydantic would want a tuple.
+    return tuple(given) if isinstance(given, list) else given
+
+
+Names = Annotated[
+    tuple[str, ...],
+    pydantic.BeforeValidator(_listed, json_schema_input_type=str | tuple[str, ...]),
+]
+"""A list of names; a single one need not be in a list."""
 
 
 class TraceData(Config):
@@ -69,60 +94,6 @@ class SampledPairs(Config):
         return self
 
 
-class Reward(Config):
-    """What all rewards have in common."""
-
-    weight: Annotated[float, Field(gt=0)] | None = None
-    """Share in a weighted sum, 1 when null; a reward that should not count is left out."""
-
-
-class AccuracyReward(Reward):
-    """1 if the task's verifier accepts the answer."""
-
-    kind: Literal["accuracy"]
-    """`accuracy`: 0 or 1 by the verifier."""
-
-
-class FormatReward(Reward):
-    """1 if the completion is one think block followed by one answer block."""
-
-    kind: Literal["format"]
-    """`format`: 0 or 1 by the layout."""
-
-
-class LengthReward(Reward):
-    """1 up to `low` tokens, falling linearly to 0 at `high`; 0 unless the answer is right."""
-
-    kind: Literal["length"]
-    """`length`: shorter is better, among right answers."""
-    low: Positive
-    """Completion length in tokens up to which the reward is 1."""
-    high: Positive
-    """Completion length in tokens from which the reward is 0."""
-
-    @pydantic.model_validator(mode="after")
-    def _ordered(self):
-        if self.low >= self.high:
-            raise ValueError(f"low={self.low} must be smaller than high={self.high}")
-        return self
-
-
-class PythonReward(Reward):
-    """A function of the user's with TRL's signature."""
-
-    kind: Literal["python"]
-    """`python`: `f(prompts, completions, completion_ids, **columns) -> list[float | None]`."""
-    name: str
-    """Name in the metrics."""
-    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
-    """Where it is, as `package.module:function`."""
-
-
-AnyReward = Annotated[
-    AccuracyReward | FormatReward | LengthReward | PythonReward, Field(discriminator="kind")
-]
-
-
 class Training(Config):
     """What all stages that train have in common."""
 
@@ -136,8 +107,8 @@ class Training(Config):
     """A checkpoint is written every so many steps, and after the last."""
     save_total_limit: Positive = 2
     """Checkpoints kept; older ones are deleted."""
-    logprob_chunk_size: Positive = 65_536
-    """Tokens whose logits may exist at once."""
+    logprob_chunk_size: Positive | None = None
+    """Tokens whose logits may exist at once; null: as many as have 512 MiB of logits."""
 
 
 class SFTConfig(Training):
@@ -158,7 +129,7 @@ class SFTConfig(Training):
 
 
 class DPOConfig(Training):
-    """Direct preference optimisation against the parent as reference. arXiv 2305.18290."""
+    """Preference optimisation on pairs: DPO, arXiv 2305.18290, and its relatives."""
 
     kind: Literal["dpo"]
     """`dpo`"""
@@ -174,10 +145,17 @@ class DPOConfig(Training):
     """Inverse temperature of the implied reward; larger stays closer to the reference."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of pairs whose labels are swapped."""
-    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_type: Names = ("sigmoid",)
     """Terms of the loss by TRL's names; `sft` is the chosen completion's likelihood."""
     loss_weights: tuple[float, ...] | None = None
     """Weight of each term; 1 each when null."""
+    loss_options: Mapping[str, float | str] = {}
+    """Other arguments of the terms by name, for example `discopop_tau: 0.05`."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the terms take besides `beta`."""
+        return {"label_smoothing": self.label_smoothing, **self.loss_options}
 
     @pydantic.model_validator(mode="after")
     def _terms(self):
@@ -187,18 +165,43 @@ class DPOConfig(Training):
             raise ValueError(f"loss_type={list(self.loss_type)}; allowed are {allowed}")
         if set(self.loss_type) == {"sft"}:
             raise ValueError("loss_type needs a preference term; for `sft` alone use an sft stage")
-        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+        weights = self.loss_weights or (1.0,) * len(self.loss_type)
+        if len(weights) != len(self.loss_type):
             raise ValueError(
-                f"loss_weights has {len(self.loss_weights)} entries for "
-                f"{len(self.loss_type)} terms in loss_type"
+                f"loss_weights has {len(weights)} entries for {len(self.loss_type)} terms in "
+                "loss_type"
             )
-        if self.label_smoothing and not set(SMOOTHED_LOSSES) & set(self.loss_type):
+        for name, weight in zip(self.loss_type, weights, strict=True):
+            if weight == 0 or not math.isfinite(weight):
+                raise ValueError(
+                    f"loss_weights gives {name} the weight {weight:g}; use a finite one other than "
+                    "0, or remove the term"
+                )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _term_options(self):
+        if self.label_smoothing and not SMOOTHED_LOSSES & set(self.loss_type):
             raise ValueError(
                 f"label_smoothing cannot act with loss_type={list(self.loss_type)}; "
                 f"it acts with {sorted(SMOOTHED_LOSSES)}"
             )
-        if "robust" in self.loss_type and not self.label_smoothing:
-            raise ValueError("loss_type=robust corrects for label_smoothing, which is 0; set it")
+        reasons = {
+            "robust": "corrects for label_smoothing",
+            "exo_pair": "takes the logarithm of label_smoothing",
+        }
+        for name in reasons.keys() & set(self.loss_type):
+            if not self.label_smoothing:
+                raise ValueError(f"loss_type={name} {reasons[name]}, which is 0; set it")
+        check_loss_options(
+            self.loss_options,
+            self.loss_type,
+            fields=("beta", "label_smoothing"),
+            table=PREFERENCE_OPTIONS,
+        )
+        for name in self.loss_type:
+            if name != "sft":
+                check_preference_loss(name, {"beta": self.beta, **self.options})
         return self
 
 
@@ -214,49 +217,74 @@ class PolicyConfig(Training):
     sampling: SamplingConfig = SamplingConfig()
     """How completions are drawn."""
     microbatch_rows: Positive = 16
-    """Rows of prompt and completions, packed, in one microbatch; its size changes no result."""
+    """Packed rows in a microbatch; changes no result but what `clip_cov` and `kl_cov` choose."""
     num_iterations: Positive = 1
     """Updates on each batch of completions; from the second on the ratio is not 1."""
     loss_type: str = "dapo"
-    """Per-token loss and its average, by TRL's names."""
+    """Loss and how it is averaged, by TRL's and verl's names."""
     epsilon: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Lower clip of the ratio, 1 - epsilon; 0.2 when null and num_iterations > 1."""
+    """Lower clip of the ratio, 1 - epsilon; null: 0.2 if the ratio is of a token, else required."""
     epsilon_high: Annotated[float, Field(gt=0)] | None = None
     """Upper clip: 1 + epsilon_high, epsilon when null; with cispo the largest weight itself."""
     delta: Annotated[float, Field(gt=1)] | None = None
     """Upper bound on the ratio where the advantage is negative; no bound when null."""
+    loss_options: Mapping[str, float] = {}
+    """Other arguments of the loss by name, for example `temperature_pos: 1.0` with sapo."""
     beta: Annotated[float, Field(ge=0)] = 0.0
     """Weight of KL(policy || parent); 0 loads no reference."""
     rewards: Annotated[tuple[AnyReward, ...], Field(min_length=1)]
     """Rewards, each with its options."""
+    guard_steps: Positive = 10
+    """Steps in a row without any advantage after which the run warns."""
 
     @property
-    def clipping(self) -> dict[str, float]:
-        """The bounds on the ratio that are set, as the loss takes them."""
-        # With one update the ratio is 1 and any bound does; cispo needs no lower one.
-        epsilon = self.epsilon if self.loss_type == "cispo" else self.epsilon or 0.2
-        bounds = {"epsilon": epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta}
+    def options(self) -> dict[str, float]:
+        """The arguments of the loss."""
+        given = {**self._bounds, **self.loss_options}
+        needs = "epsilon" in LOSS_TYPES[self.loss_type].required and "epsilon" not in given
+        # With one update the ratio is 1 and any bound does.
+        if needs and (self.num_iterations == 1 or not is_of_sequence(self.loss_type)):
+            given["epsilon"] = 0.2
+        return given
+
+    @property
+    def _bounds(self) -> dict[str, float]:
+        bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta}
         return {name: bound for name, bound in bounds.items() if bound is not None}
 
     @pydantic.model_validator(mode="after")
     def _acts(self):
         if self.loss_type not in LOSS_TYPES:
             raise ValueError(f"loss_type={self.loss_type!r}; allowed are {list(LOSS_TYPES)}")
-        bounds = ("epsilon", "epsilon_high", "delta")
-        clips = [name for name in bounds if getattr(self, name) is not None]
-        useless = [name for name in clips if name not in LOSS_TYPES[self.loss_type].options]
+        useless = [name for name in self._bounds if name not in POLICY_OPTIONS[self.loss_type]]
         if useless:
             raise ValueError(f"{useless[0]} cannot act with loss_type={self.loss_type}; remove it")
-        if self.loss_type == "cispo" and (self.epsilon_high or 0) < 1:
-            raise ValueError("loss_type=cispo needs epsilon_high >= 1: the largest weight itself")
-        if clips and self.num_iterations == 1:
-            raise ValueError(
-                f"{' and '.join(clips)} cannot act: with num_iterations=1 the ratio is always 1 "
-                "and never clipped; remove it or set num_iterations > 1"
-            )
-        upper = 1 + self.clipping.get("epsilon_high", self.clipping.get("epsilon", 0.0))
-        if self.delta is not None and self.delta <= upper:
-            raise ValueError(f"delta={self.delta} must exceed the upper clip, {upper:g}")
+        check_loss_options(
+            self.loss_options,
+            [self.loss_type],
+            fields=("epsilon", "epsilon_high", "delta"),
+            table=POLICY_OPTIONS,
+        )
+        check_policy_loss(self.loss_type, self.options)
+        set_here = {*self._bounds, *self.loss_options}
+        if self.num_iterations == 1 and set_here:
+            inert = without_effect(self.loss_type, self.options)
+            self._refuse_inert([name for name in inert if name in set_here])
+        return self
+
+    def _refuse_inert(self, inert: list[str]) -> None:
+        if not inert:
+            return
+        required = {*LOSS_TYPES[self.loss_type].required} - {"epsilon"}
+        other = "choose another loss_type" if required & set(inert) else "remove it"
+        raise ValueError(
+            f"{' and '.join(inert)} cannot act: with num_iterations=1 the ratio is always 1, where "
+            f"loss_type={self.loss_type} has the same gradient whatever its value; {other} or set "
+            "num_iterations > 1"
+        )
+
+    @pydantic.model_validator(mode="after")
+    def _completions_and_rewards_differ(self):
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature=0 gives a group of equal completions; raise it")
         names = [reward_name(reward) for reward in self.rewards]
@@ -345,8 +373,3 @@ StageConfig = Annotated[
 def reward_weights(config: PolicyConfig) -> list[float]:
     """The weight of each reward."""
     return [1.0 if reward.weight is None else reward.weight for reward in config.rewards]
-
-
-def reward_name(reward: Reward) -> str:
-    """The name of a reward in metrics."""
-    return reward.name if isinstance(reward, PythonReward) else reward.kind

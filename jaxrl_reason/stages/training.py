@@ -1,16 +1,19 @@
 """The loop around the steps of a stage: start or resume, log, save."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from jaxrl_reason.checkpoint import Checkpoints, latest_valid
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import MetricLog, Progress
+from jaxrl_reason.models import Params
 from jaxrl_reason.sharding import batch_sharding, replicated
 from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.guard import Guard
 from jaxrl_reason.steps import (
     Optimizer,
     Step,
@@ -22,11 +25,19 @@ from jaxrl_reason.steps import (
 
 
 class StepResult(NamedTuple):
-    """What a stage's step returns: the new state, scalars to log, and tokens it worked on."""
+    """What a stage's step returns."""
 
     state: TrainState
-    metrics: dict[str, Any]
+    updates: Sequence[Mapping[str, Any]]
+    """Metrics of each update of the step; those of the last are logged."""
+    metrics: Mapping[str, Any]
+    """Other scalars to log."""
     num_tokens: int
+    """Tokens that the step worked on."""
+    counted_tokens: int
+    """Tokens under the mask of the loss."""
+    advantages: np.ndarray | None = None
+    """Of the step's completions, in reinforcement learning."""
 
 
 OneStep = Callable[[TrainState, int], StepResult]
@@ -42,6 +53,14 @@ def compile_step(stage: Stage, step: Step, optimizer: Optimizer) -> Step:
         out_shardings=(states, replicated(context.mesh)),
         donate_argnums=0,
     )
+
+
+def fresh_state(stage: Stage, optimizer: Optimizer, params: Params) -> TrainState:
+    """The state before the first update, each array where it lies for training."""
+    create = jax.jit(
+        lambda params: init_state(params, optimizer), out_shardings=_shardings(stage, optimizer)
+    )
+    return create(params)
 
 
 def train(
@@ -67,7 +86,9 @@ def train(
         updates_per_step: updates of the optimiser in one step, for the logged learning rate.
     """
     config = stage.config
-    state, start, seconds = _start(stage, optimizer, data_hash)
+    state, start, meta = _start(stage, optimizer, data_hash)
+    seconds = meta["seconds"]
+    guard = Guard(stage.name, config, meta.get("guard"))  # none in checkpoints older than the guard
     tracking = stage.context.config.tracking
     rate = learning_rate_schedule(config.optimizer, config.steps * updates_per_step)
     began = time.monotonic()
@@ -84,13 +105,22 @@ def train(
     ):
         for step in range(start, config.steps):
             step_began = time.monotonic()
-            state, metrics, num_tokens = one_step(state, step)
+            done = step + 1
+            result = one_step(state, step)
+            state = result.state
+            metrics = {**result.updates[-1], **result.metrics}
+            metrics |= guard.look(
+                done,
+                updates=result.updates,
+                counted_tokens=result.counted_tokens,
+                advantages=result.advantages,
+            )
             metrics = {name: float(value) for name, value in metrics.items()}
             metrics["learning_rate"] = float(rate(step * updates_per_step))
             metrics["step_time"] = time.monotonic() - step_began
-            done = step + 1
             log.log(done, metrics)
-            bar.update(done, tokens=num_tokens, **{n: metrics[n] for n in show if n in metrics})
+            shown = {name: metrics[name] for name in show if name in metrics}
+            bar.update(done, tokens=result.num_tokens, **shown)
             if done % config.save_steps == 0 or done == config.steps:
                 meta = stage.meta(
                     step=done,
@@ -98,31 +128,34 @@ def train(
                     data_hash=data_hash,
                     cursor={"step": done},
                     seconds=seconds + time.monotonic() - began,
+                    guard=guard.state(),
                 )
                 rest = {"opt_state": state.opt_state, "step": state.step}
                 checkpoints.save(done, params=state.params, state=rest, meta=meta)
 
 
-def _start(stage: Stage, optimizer: Optimizer, data_hash: str) -> tuple[TrainState, int, float]:
-    """The state to go on from, the steps already done, and the seconds they took."""
+def _start(
+    stage: Stage, optimizer: Optimizer, data_hash: str
+) -> tuple[TrainState, int, Mapping[str, Any]]:
+    """The state to go on from, the steps already done, and what their checkpoint says of them."""
     context = stage.context
-    shardings = _shardings(stage, optimizer)
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer), context.params_shapes)
     like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        _shardings(stage, optimizer),
     )
     rest = {"opt_state": like.opt_state, "step": like.step}
     restored = latest_valid(stage.checkpoints, params=like.params, state=rest)
     if restored is None:
-        fresh = jax.jit(lambda params: init_state(params, optimizer), out_shardings=shardings)
-        return fresh(stage.parent_params()), 0, 0.0
+        return fresh_state(stage, optimizer, stage.parent_params()), 0, {"seconds": 0.0}
     if restored.meta["data_hash"] != data_hash:
         raise InputError(
             f"stages.{stage.name}: its data has changed since {restored.path} was written; put the "
             "old data back, or give the run another name (name=...); nothing was overwritten"
         )
     state = TrainState(restored.params, restored.state["opt_state"], restored.state["step"])
-    return state, restored.step, restored.meta["seconds"]
+    return state, restored.step, restored.meta
 
 
 def _shardings(stage: Stage, optimizer: Optimizer) -> TrainState:

@@ -2,7 +2,11 @@
 
 from jaxrl_reason.steps.forward import model_logprobs
 from jaxrl_reason.steps.policy import PolicyObjective, make_policy_step
-from jaxrl_reason.steps.preference import make_preference_step, pair_logprobs
+from jaxrl_reason.steps.preference import (
+    make_preference_step,
+    needs_reference,
+    pair_logprobs,
+)
 from jaxrl_reason.steps.sft import make_sft_step
 from jaxrl_reason.steps.state import (
     Optimizer,
@@ -28,6 +32,7 @@ __all__ = [
     "make_preference_step",
     "make_sft_step",
     "model_logprobs",
+    "needs_reference",
     "pair_logprobs",
     "state_shardings",
 ]

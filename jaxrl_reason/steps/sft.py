@@ -11,7 +11,7 @@ from jaxrl_reason.steps.forward import model_logprobs
 from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
 
 
-def make_sft_step(model: Model, optimizer: Optimizer, *, logprob_chunk_size: int) -> Step:
+def make_sft_step(model: Model, optimizer: Optimizer, *, logprob_chunk_size: int | None) -> Step:
     """The SFT update: mean negative log-likelihood over the tokens under `completion_mask`.
 
     The batch holds `tokens, positions, segment_ids, completion_mask`, each `[k, rows, T]` with k

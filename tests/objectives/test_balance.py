@@ -5,34 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.objectives import AGGREGATORS, min_norm_weights
+from jaxrl_reason.objectives import mgda_advantages, min_norm_weights, pfab_advantages
 
 G = 8
 PROMPTS = 8  # one shape for most tests, so that one compilation serves them
 
 
 @functools.cache
-def compiled(name, options):
-    return jax.jit(functools.partial(AGGREGATORS[name], **dict(options)))
+def compiled(rule, options):
+    return jax.jit(functools.partial(rule, **dict(options)))
 
 
-def run(name, rewards, mask, **options):
-    options = {"num_generations": G, **HYPER[name], **options}
-    return compiled(name, tuple(sorted(options.items())))(rewards, np.asarray(mask, bool))
+def run(rule, rewards, mask, **options):
+    options = tuple(sorted({"num_generations": G, **options}.items()))
+    return compiled(rule, options)(rewards, np.asarray(mask, bool))
 
 
-pfab = functools.partial(run, "pfab")
-
-HYPER = {
-    "weighted_sum": {"weights": (1.0, 2.0, 0.5, 1.0)},
-    "gdpo": {"weights": (1.0, 2.0, 0.5, 1.0)},
-    "pfab": {"min_std": 1e-3},
-    "mgda": {},
-    "pcgrad": {},
-    "cagrad": {"c": 0.5},
-    "chebyshev": {"weights": (1.0, 2.0, 0.5, 1.0), "ideal": (1.0, 1.0, 1.0, 1.0), "rho": 0.1},
-    "lagrangian": {"weights": (1.0, 0.0, 0.0, 0.0), "multipliers": (0.0, 1.0, 2.0, 0.0)},
-}
+pfab = functools.partial(run, pfab_advantages, min_std=1e-3)
 
 
 def mixed(prompts=PROMPTS, seed=0, group=G):
@@ -178,17 +167,6 @@ def test_max_weight_at_group_scope():
     np.testing.assert_allclose(np.sum(capped, 1), 1, rtol=1e-5)
 
 
-def test_renormalize():
-    rewards, mask = mixed()
-    plain = np.asarray(pfab(rewards, mask, renormalize="none")[0], np.float64)
-    batch = (plain - plain.mean()) / (plain.std(ddof=1) + 1e-4)
-    np.testing.assert_allclose(pfab(rewards, mask)[0], batch, atol=1e-5)
-    groups = plain.reshape(-1, G)
-    group = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
-    ours, _ = pfab(rewards, mask, renormalize="group")
-    np.testing.assert_allclose(ours, group.reshape(-1), atol=1e-4)
-
-
 def test_frank_wolfe_is_near_the_exact_solution():
     rewards, mask = mixed()
     exact, _ = pfab(rewards, mask, renormalize="none")
@@ -198,81 +176,18 @@ def test_frank_wolfe_is_near_the_exact_solution():
     assert errors[0] < 0.03 < errors[1]
 
 
+def test_mgda_is_pfab_of_the_batch_without_guards():
+    rewards, mask = mixed()
+    options = {"scope": "batch", "renormalize": "none"}
+    plain, _ = run(mgda_advantages, rewards, mask, **options)
+    np.testing.assert_allclose(plain, pfab(rewards, mask, **options)[0], atol=1e-5)
+
+
 def test_one_objective_is_grpo_with_population_deviation():
     rewards, mask = mixed()
     advantages, weights = pfab(rewards[:, 2:3], mask[:, 2:3], renormalize="none")
     np.testing.assert_allclose(advantages, standardise(rewards[:, 2:3]).reshape(-1), atol=1e-5)
     np.testing.assert_array_equal(weights, 1)
-
-
-def test_every_aggregator_has_an_example():
-    assert set(HYPER) == set(AGGREGATORS)
-
-
-@pytest.mark.parametrize("name", AGGREGATORS)
-def test_aggregators(name):
-    rewards, mask = mixed()
-    mask[:G, 0] = False  # an objective that does not apply to the first prompt
-    mask[2 * G + 1, 3] = False  # and a single missing reward
-    call = functools.partial(run, name)
-    advantages, weights = call(rewards, mask)
-    assert advantages.shape == (PROMPTS * G,)
-    assert weights.shape in ((1, 4), (PROMPTS, 4))
-    assert advantages.dtype == weights.dtype == jnp.float32
-    assert np.std(advantages) > 0.5
-
-    # Nothing under a false mask is read.
-    dirty, dirty_weights = call(np.where(mask, rewards, np.nan), mask)
-    np.testing.assert_array_equal(dirty, advantages)
-    np.testing.assert_array_equal(dirty_weights, weights)
-
-    # Shifting one objective's rewards changes nothing, nor does the order of the prompts.
-    shift = np.asarray([0.0, 0.0, 0.0, 0.25], np.float32)
-    if name != "chebyshev":  # whose ideal point would have to move along
-        np.testing.assert_allclose(call(rewards + shift, mask)[0], advantages, atol=2e-3)
-    order = np.random.default_rng(0).permutation(np.arange(PROMPTS * G).reshape(-1, G)).reshape(-1)
-    shuffled, _ = call(rewards[order], mask[order])
-    np.testing.assert_allclose(shuffled, advantages[order], atol=2e-4)
-
-
-@pytest.mark.parametrize("name", ["weighted_sum", "pfab"])
-def test_advantages_are_detached(name):
-    rewards, mask = mixed()
-    total = lambda r: jnp.sum(run(name, r, mask)[0] * r[:, 0])
-    gradient = jax.grad(total)(jnp.asarray(rewards))
-    np.testing.assert_array_equal(gradient[:, 0], run(name, rewards, mask)[0])
-    np.testing.assert_array_equal(gradient[:, 1:], 0)
-
-
-def test_balancing_rules_in_advantage_space():
-    # At batch scope without guards, P-FAB is MGDA; PCGrad and CAGrad are other rules.
-    rewards, mask = mixed()
-    z = standardise(rewards).reshape(-1, 4)
-    by_name = {}
-    for name in ("mgda", "pcgrad", "cagrad"):
-        advantages, weights = run(name, rewards, mask, renormalize="none")
-        np.testing.assert_allclose(advantages, z @ np.asarray(weights[0]), atol=1e-4)
-        by_name[name] = np.asarray(advantages)
-    pfab_batch, _ = pfab(rewards, mask, scope="batch", renormalize="none")
-    np.testing.assert_allclose(by_name["mgda"], pfab_batch, atol=1e-5)
-    assert not np.allclose(by_name["mgda"], by_name["pcgrad"], atol=1e-2)
-    assert not np.allclose(by_name["mgda"], by_name["cagrad"], atol=1e-2)
-
-    grouped, weights = run("pcgrad", rewards, mask, renormalize="none", scope="group")
-    assert weights.shape == (PROMPTS, 4)
-    assert not np.allclose(grouped, by_name["pcgrad"], atol=1e-2)
-
-
-def test_float64_and_sharded(mesh8):
-    rewards, mask = mixed()
-    with jax.enable_x64(True):
-        wide, weights = pfab(rewards.astype(np.float64), mask)
-        assert wide.dtype == weights.dtype == np.float64
-    np.testing.assert_allclose(pfab(rewards, mask)[0], wide, atol=1e-3)
-
-    rows = jax.NamedSharding(mesh8, jax.P(("data", "fsdp", "tensor")))
-    placed = [jax.device_put(array, rows) for array in (rewards, mask)]
-    np.testing.assert_allclose(pfab(*placed)[0], pfab(rewards, mask)[0], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,15 @@ def test_cagrad_at_a_stationary_point_is_finite():
     np.testing.assert_allclose(cagrad(opposite, c=0.5), [0.0, 0.0], atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["mgda", "pcgrad", "cagrad"])
+def test_a_gradient_that_is_left_out_may_be_nan(name, flat):
+    mask = np.asarray([True, False, True])
+    options = {"mgda": {}, "pcgrad": {"key": jax.random.key(1)}, "cagrad": {"c": 0.5}}[name]
+    combined = functools.partial(getattr(objectives, name), mask=mask, **options)
+    clean, bad = combined(as_tree(flat)), combined(as_tree(np.where(mask[:, None], flat, np.nan)))
+    jax.tree.map(np.testing.assert_array_equal, bad, clean)
+
+
 def test_half_precision_leaves():
     gradients = jnp.ones((2, 3), jnp.bfloat16)
     assert gram_matrix(gradients).dtype == jnp.float32
@@ -95,5 +106,7 @@ def test_errors():
         mgda({"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))})
     with pytest.raises(ValueError, match="leading sizes"):
         mgda(jnp.ones(()))
+    with pytest.raises(ValueError, match=r"mask has shape \(3,\); expected \(2,\)"):
+        mgda(jnp.ones((2, 3)), mask=jnp.ones(3))
     with pytest.raises(ValueError, match="normalize='loss' is unknown"):
         mgda(jnp.ones((2, 3)), normalize="loss")

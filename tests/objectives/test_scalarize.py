@@ -6,7 +6,6 @@ import pytest
 
 from jaxrl_reason.advantages import group_advantages
 from jaxrl_reason.objectives import (
-    AGGREGATORS,
     chebyshev_advantages,
     gdpo_advantages,
     lagrangian_advantages,
@@ -61,52 +60,11 @@ def test_a_missing_reward_is_not_a_zero(rewards):
     np.testing.assert_allclose(ours, expected, atol=1e-3)
 
 
-def gdpo_oracle(rewards, weights):
-    total = np.zeros(N * G)
-    for k in range(M):
-        groups = rewards[:, k].reshape(N, G)
-        deviation = groups.std(1, ddof=1, keepdims=True) + 1e-4
-        total += weights[k] * ((groups - groups.mean(1, keepdims=True)) / deviation).reshape(-1)
-    return (total - total.mean()) / (total.std(ddof=1) + 1e-4)
-
-
-def test_gdpo_matches_oracle(rewards):
+def test_gdpo_does_not_care_about_the_scale_of_rewards(rewards):
     ours = gdpo_advantages(rewards, EVERYTHING, weights=WEIGHTS, num_generations=G)
-    np.testing.assert_allclose(ours, gdpo_oracle(rewards.astype(float), WEIGHTS), atol=1e-5)
-    other = gdpo_advantages(rewards, EVERYTHING, weights=WEIGHTS[::-1], num_generations=G)
-    assert not np.allclose(ours, other, atol=1e-2)
-    # Unlike a sum of rewards, it does not care about their scale.
     scaled = rewards * np.asarray([1, 10, 100], np.float32)
     again = gdpo_advantages(scaled, EVERYTHING, weights=WEIGHTS, num_generations=G)
     np.testing.assert_allclose(again, ours, atol=1e-3)
-
-
-def chebyshev_oracle(rewards, mask, weights, ideal, rho):
-    scores = np.zeros(len(rewards))
-    for i, (row, applies) in enumerate(zip(rewards, mask, strict=True)):
-        deficits = (weights * (ideal - row))[applies]
-        scores[i] = -(deficits.max() + rho * deficits.sum()) if applies.any() else 0.0
-    return scores
-
-
-def test_chebyshev_matches_oracle(rewards):
-    mask = EVERYTHING.copy()
-    mask[:G, 2] = False
-    mask[G : 2 * G] = False
-    ideal = np.asarray([3.0, 4.0, 5.0])
-    results = []
-    for rho in (0.0, 0.3):
-        options = {"weights": WEIGHTS, "ideal": ideal, "num_generations": G, "rho": rho}
-        ours = chebyshev_advantages(rewards, mask, **options, scale="none")
-        scores = chebyshev_oracle(rewards, mask, WEIGHTS, ideal, rho).reshape(N, G)
-        expected = scores - scores.mean(1, keepdims=True)
-        np.testing.assert_allclose(ours, expected.reshape(-1), atol=1e-4)
-        results.append(chebyshev_advantages(rewards, mask, **options))
-        named, decided = AGGREGATORS["chebyshev"](rewards, mask, **options)
-        np.testing.assert_array_equal(named, results[-1])
-        np.testing.assert_allclose(np.sum(decided, 1), [1, 0, 1, 1, 1])
-        assert decided[0, 2] == 0
-    assert not np.allclose(*results, atol=1e-2)
 
 
 def test_chebyshev_prefers_balance_where_a_sum_does_not():
@@ -133,19 +91,6 @@ def test_lagrangian(rewards):
     )
     only = weighted_sum_advantages(rewards, EVERYTHING, weights=[1.0, 0, 0], **options)
     np.testing.assert_array_equal(off, only)
-
-
-def test_multipliers_rise_while_the_constraint_is_violated(rewards):
-    mask = EVERYTHING.copy()
-    mask[:, 1] = False
-    thresholds = np.asarray([1.0, 5.0, -np.inf])
-    old = np.asarray([0.2, 0.3, 0.4], np.float32)
-    options = {"thresholds": thresholds, "learning_rate": 0.5}
-    new = update_multipliers(old, rewards, mask, **options)
-    np.testing.assert_allclose(new[0], 0.2 + 0.5 * (1 - rewards[:, 0].mean()), rtol=1e-5)
-    np.testing.assert_allclose(new[1:], [0.3, 0.0])  # not seen; no constraint
-    assert update_multipliers(old, rewards + 9, mask, **options)[0] == 0  # satisfied
-    assert update_multipliers(old, rewards, mask, **options, max_multiplier=0.25)[0] == 0.25
 
 
 def test_errors(rewards):

@@ -16,8 +16,9 @@ from jaxrl_reason.config import Config, apply_overrides, load_yaml, to_json, val
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.stages.config import EvaluationConfig, RunConfig
+from jaxrl_reason.stages.reward_config import PythonReward
 from jaxrl_reason.stages.sample import SampleConfig
-from jaxrl_reason.stages.stage_config import MORLConfig, PythonReward
+from jaxrl_reason.stages.stage_config import MORLConfig
 from jaxrl_reason.steps import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -42,23 +43,42 @@ def test_the_configuration_of_the_tests_is_accepted(make):
 
 CISPO = "stages.balance.loss_type=cispo"
 TWICE = "stages.balance.num_iterations=2"
+SAPO = "stages.balance.loss_type=sapo"
+TEMPERATURES = "stages.balance.loss_options={temperature_pos: %s, temperature_neg: %s}"
 REFUSED = [
     # clipping
     (["stages.balance.epsilon=0.2"], "epsilon cannot act: with num_iterations=1 the ratio is"),
     (["stages.balance.epsilon_high=0.2"], "epsilon_high cannot act: with num_iterations=1"),
     (["stages.balance.delta=4"], "delta cannot act: with num_iterations=1"),
-    (["stages.reason.delta=1.1"], "delta=1.1 must exceed the upper clip, 1.2"),
-    (["stages.reason.epsilon_high=0.5", "stages.reason.delta=1.5"], "upper clip, 1.5"),
+    (["stages.reason.delta=1.1"], "loss_type=dapo: delta=1.1 is out of range; it must be > 1.2"),
+    (["stages.reason.epsilon_high=0.5", "stages.reason.delta=1.5"], "it must be > 1.5"),
     (["stages.reason.epsilon=0"], "epsilon: got 0; needs"),
     (["stages.reason.epsilon=1"], "epsilon: got 1; needs"),
-    ([CISPO, TWICE], "loss_type=cispo needs epsilon_high >= 1"),
-    ([CISPO, TWICE, "stages.balance.epsilon_high=0.3"], "loss_type=cispo needs epsilon_high >= 1"),
+    ([CISPO, TWICE], "loss_type=cispo needs epsilon_high"),
+    ([CISPO, TWICE, "stages.balance.epsilon_high=0.3"], r"weight itself\)=0.3 is .* must be >= 1"),
     (
         [CISPO, TWICE, "stages.balance.epsilon_high=5", "stages.balance.delta=6"],
         "delta cannot act with loss_type=cispo",
     ),
     ([CISPO, "stages.balance.epsilon_high=5"], "epsilon_high cannot act: with num_iterations=1"),
-    (["stages.reason.loss_type=gspo"], "loss_type='gspo'; allowed are"),
+    (["stages.reason.loss_type=gsop"], "loss_type='gsop'; allowed are .*'gspo'"),
+    # a ratio of whole completions has no default bound
+    (["stages.reason.loss_type=gspo"], "loss_type=gspo needs epsilon"),
+    (["stages.reason.loss_type=luspo"], "loss_type=luspo needs epsilon"),
+    # other options of the policy loss
+    ([SAPO, TWICE], "loss_type=sapo needs temperature_pos and temperature_neg"),
+    ([SAPO, TWICE, TEMPERATURES % (1, 0)], "sapo: temperature_neg=0.0 is out of range; it must be"),
+    (
+        [SAPO, TEMPERATURES % (1, 1)],
+        "temperature_neg and temperature_pos cannot act: .*choose anot",
+    ),
+    ([SAPO, TWICE, "stages.balance.loss_options={temprature_pos: 1}"], "mean 'temperature_pos'"),
+    ([SAPO, TWICE, "stages.balance.loss_options={lambda_pos: 1}"], "is an option of vespo"),
+    ([SAPO, TWICE, "stages.balance.epsilon=0.2"], "epsilon cannot act with loss_type=sapo"),
+    ([TWICE, "stages.balance.loss_options={zeta: 1}"], "zeta is no option of .*dapo; nothing is"),
+    ([TWICE, "stages.balance.loss_options={delta: 4}"], "write delta beside loss_options"),
+    ([TWICE, "stages.balance.loss_options={delta: high}"], 'delta: got "high"; needs float'),
+    (["stages.balance.guard_steps=0"], "guard_steps: got 0; needs int > 0"),
     (["stages.reason.beta=-0.1"], "beta: got -0.1; needs float >= 0"),
     # groups and rewards
     (["stages.reason.num_generations=1"], "num_generations: got 1; needs int >= 2"),
@@ -93,10 +113,23 @@ REFUSED = [
         r"label_smoothing cannot act with loss_type=\['hinge', 'ipo'\]",
     ),
     (["stages.prefer.loss_type=[robust]"], "robust corrects for label_smoothing, which is 0"),
+    (["stages.prefer.loss_type=exo_pair"], "exo_pair takes the logarithm of label_smoothing, whi"),
+    (["stages.prefer.label_smoothing=0.1", "stages.prefer.loss_type=[simpo]"], "cannot act with"),
     (["stages.prefer.loss_type=[sft]"], "needs a preference term"),
+    (["stages.prefer.loss_type=sft"], "needs a preference term"),
     (["stages.prefer.loss_type=[]"], r"loss_type=\[\]; allowed are"),
     (["stages.prefer.loss_type=[sigmoid, kto]"], "allowed are"),
+    (["stages.prefer.loss_type=segmoid"], r"loss_type=\['segmoid'\]; allowed are"),
     (["stages.prefer.loss_weights=[1, 2]"], "loss_weights has 2 entries for 1 terms"),
+    (["stages.prefer.loss_weights=[0]"], "loss_weights gives sigmoid the weight 0; use a finite"),
+    (["stages.prefer.loss_type=simpo"], "loss_type=simpo needs loss_options.gamma"),
+    (["stages.prefer.loss_options={gamma: 1}"], "gamma cannot act with .*sigmoid; .* of simpo"),
+    (["stages.prefer.loss_options={f_divergense: js}"], "did you mean 'f_divergence'"),
+    (["stages.prefer.loss_options={f_divergence: kl}"], "sigmoid: f_divergence='kl' is unknown"),
+    (["stages.prefer.loss_options={f_alpha: 0.5}"], "f_alpha=0.5 with f_divergence='reverse_kl'"),
+    (["stages.prefer.loss_options={f_divergence: alpha}"], "f_divergence='alpha' needs f_alpha"),
+    (["stages.prefer.loss_options={beta: 0.5}"], "write beta beside loss_options"),
+    (["stages.prefer.loss_type=simpo", "stages.prefer.loss_options={gamma: -1}"], "gamma=-1.0 is"),
     (["stages.prefer.max_length=20"], "max_length=20 leaves no token for a completion"),
     # data
     (["stages.cold.data.styles={long: 0.5, short: 0.4}"], "styles sum to 0.9; they must sum to 1"),
@@ -147,7 +180,16 @@ def test_a_stage_may_not_be_called_init_or_like_a_path(tiny):
         ["stages.reason.epsilon=0.1", "stages.reason.epsilon_high=0.3", "stages.reason.delta=1.4"],
         [CISPO, TWICE, "stages.balance.epsilon_high=5"],
         [CISPO, TWICE, "stages.balance.epsilon_high=5", "stages.balance.epsilon=0.5"],
+        [SAPO, TWICE, TEMPERATURES % (1, 1.05)],
+        ["stages.reason.loss_type=gspo", "stages.reason.epsilon=3e-4"],
+        ["stages.balance.loss_type=gspo"],
         ["stages.prefer.loss_type=[robust, sft]", "stages.prefer.label_smoothing=0.1"],
+        ["stages.prefer.loss_type=[sigmoid, sft]", "stages.prefer.loss_weights=[1, 0.5]"],
+        ["stages.prefer.loss_type=orpo"],
+        [
+            "stages.prefer.loss_type=[discopop, nca_pair]",
+            "stages.prefer.loss_options={discopop_tau: 0.1, f_divergence: alpha, f_alpha: 0.5}",
+        ],
         ["stages.balance.aggregator_options={min_std: [0.1, 0.1, 0.1, 0.1]}"],
         ["evaluation.max_completion_length=28", "stages.reason.max_completion_length=28"],
         ["stages.cold.data.styles={long: 0.3, short: 0.3, answer: 0.4}"],
@@ -158,17 +200,26 @@ def test_what_can_act_is_accepted(make, overrides):
     make(*overrides)
 
 
-def test_bounds_that_are_set_reach_the_loss(make):
-    clipping = lambda *overrides: make(*overrides).stages["reason"].clipping
-    assert clipping() == {"epsilon": 0.2}
-    assert clipping("stages.reason.epsilon=0.1") == {"epsilon": 0.1}
-    assert clipping("stages.reason.epsilon_high=0.3", "stages.reason.delta=4") == {
+def test_options_that_are_set_reach_the_loss(make):
+    options = lambda *overrides: make(*overrides).stages["reason"].options
+    assert options() == {"epsilon": 0.2}
+    assert options("stages.reason.epsilon=0.1") == {"epsilon": 0.1}
+    assert options("stages.reason.epsilon_high=0.3", "stages.reason.delta=4") == {
         "epsilon": 0.2,
         "epsilon_high": 0.3,
         "delta": 4.0,
     }
     cispo = ["stages.reason.loss_type=cispo", "stages.reason.epsilon_high=5"]
-    assert clipping(*cispo) == {"epsilon_high": 5.0}
+    assert options(*cispo) == {"epsilon_high": 5.0}
+    kl_cov = "stages.reason.loss_options={kl_cov_ratio: 0.002, ppo_kl_coef: 1}"
+    given = options("stages.reason.loss_type=kl_cov", kl_cov)
+    assert given == {"kl_cov_ratio": 0.002, "ppo_kl_coef": 1.0}
+
+
+def test_one_term_of_a_preference_loss_need_not_be_in_a_list(make):
+    alone, listed = (make(f"stages.prefer.loss_type={x}") for x in ("hinge", "[hinge]"))
+    assert alone.stages["prefer"].loss_type == ("hinge",)
+    assert to_json(alone) == to_json(listed)
 
 
 # To JSON and back

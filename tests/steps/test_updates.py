@@ -90,8 +90,22 @@ def policy_batch(rows, seed=0):
 def step_of(kind, **changes):
     if kind == "sft":
         return make_sft_step(MODEL, SGD, logprob_chunk_size=64)
+    if "loss_type" in changes:
+        changes = {"options": OPTIONS.get(changes["loss_type"], OBJECTIVE.options)} | changes
     objective = dataclasses.replace(OBJECTIVE, **changes)
     return make_policy_step(MODEL, SGD, objective, logprob_chunk_size=64)
+
+
+# Of the losses that do not take both clips.
+OPTIONS = {
+    "cispo": {"epsilon_high": 2.0},
+    "sapo": {"temperature_pos": 1.0, "temperature_neg": 1.05},
+    "vespo": {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
+    "triplet": {"epsilon_neg_low": 0.2, "epsilon_neg_high": 5.0, "epsilon_pos_high": 0.28},
+    "reinforce": {},
+    "gpg": {},
+    "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 1.0},
+}
 
 
 def update(step, params, batch):
@@ -109,9 +123,11 @@ def assert_same(a, b, atol=2e-6):
 
 
 LOSS_TYPES = ["grpo", "dapo", "dr_grpo"]
+OTHERS = ["bnpo", "cispo", "sapo", "luspo", "vespo", "reinforce", "gspo_token", "gmpo", "triplet"]
+slow = lambda names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
-@pytest.mark.parametrize("kind", ["sft", *LOSS_TYPES])
+@pytest.mark.parametrize("kind", ["sft", *LOSS_TYPES, "gspo", *slow([*OTHERS, "gpg", "kl_cov"])])
 def test_packed_rows_give_the_update_of_separate_rows(params, kind):
     docs = examples(6)
     make = sft_batch if kind == "sft" else policy_batch
@@ -126,7 +142,7 @@ def test_packed_rows_give_the_update_of_separate_rows(params, kind):
     assert metrics_a["entropy"] == pytest.approx(metrics_b["entropy"], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sft", *LOSS_TYPES])
+@pytest.mark.parametrize("kind", ["sft", *LOSS_TYPES, "gpg", *slow([*OTHERS, "gspo"])])
 def test_microbatches_of_uneven_masks_give_the_update_of_one_batch(params, kind):
     docs = [[d] for d in examples(8)]
     make = sft_batch if kind == "sft" else policy_batch
@@ -200,21 +216,108 @@ def test_an_update_lowers_the_sft_loss_and_dpo_starts_at_log_two(params):
     assert losses[-1] < losses[0] / 2
     assert int(state.step) == 20
 
-    pairs = sft_batch([[d] for d in examples(8, 5)])
-    pairs = {name: x.reshape(4, 2, T) for name, x in pairs.items()}
-    pairs["ref_logprobs"] = np.asarray(
-        pair_logprobs(MODEL, params, pairs, logprob_chunk_size=64)[0]
-    )
+    pairs = pair_batch()
+    pairs["ref_logprobs"], _ = sums_of(params, pairs)
     slow = optax.sgd(0.01)
-    settings = {"beta": 0.5, "label_smoothing": 0.0, "logprob_chunk_size": 64}
-    step = jax.jit(
-        make_preference_step(MODEL, slow, loss_type=("sigmoid",), loss_weights=(1.0,), **settings)
-    )
+    step = jax.jit(preference_step(slow, "sigmoid", label_smoothing=0.0))
     state, metrics = step(init_state(params, slow), microbatches(pairs, 2))
     assert float(metrics["loss"]) == pytest.approx(np.log(2), rel=1e-6)
     _, after = step(state, microbatches(pairs, 1))
     assert float(after["loss"]) < float(metrics["loss"])
     assert float(after["rewards/margins"]) > 0
+
+
+def pair_batch():
+    pairs = sft_batch([[d] for d in examples(8, 5)])
+    return {name: x.reshape(4, 2, T) for name, x in pairs.items()}
+
+
+def sums_of(params, pairs):
+    """Sequence log-probs and lengths, each [B, 2]."""
+    sums, lengths = pair_logprobs(MODEL, params, pairs, logprob_chunk_size=64)
+    return np.asarray(sums), np.asarray(lengths)
+
+
+def preference_step(optimizer, *loss_type, weights=None, beta=0.5, **options):
+    return make_preference_step(
+        MODEL,
+        optimizer,
+        loss_type=loss_type,
+        loss_weights=weights or (1.0,) * len(loss_type),
+        beta=beta,
+        options=options,
+        logprob_chunk_size=64,
+    )
+
+
+def test_a_preference_loss_reads_sums_or_means_as_it_should(params):
+    """Every term at once, with weights that tell them apart, against NumPy."""
+    pairs = pair_batch()
+    sums, lengths = sums_of(params, pairs)
+    ref = sums + np.random.default_rng(0).normal(0, 0.5, sums.shape).astype(np.float32)
+    means, ref_means = sums / lengths, ref / lengths
+    assert len(np.unique(lengths)) > 2
+    log_sigmoid = lambda x: -np.log1p(np.exp(-x))
+    margin = lambda x: x[:, 0] - x[:, 1]
+    odds = lambda x: np.log(np.exp(x) / (1 - np.exp(x)))
+    expected = {
+        "sigmoid": -log_sigmoid(0.5 * margin(sums - ref)),
+        "sigmoid_norm": -log_sigmoid(0.5 * margin(means - ref_means)),
+        "ipo": (margin(means - ref_means) - 1) ** 2,
+        "simpo": -log_sigmoid(0.5 * margin(means) - 0.3),
+        "orpo": -means[:, 0] - 0.5 * log_sigmoid(margin(odds(means))),
+        "cpo": -log_sigmoid(0.5 * margin(sums)),
+        "sft": -means[:, 0],
+    }
+    weights = tuple(1.0 + i for i in range(len(expected)))
+    step = preference_step(SGD, *expected, weights=weights, gamma=0.3, label_smoothing=0.0)
+    batch = microbatches(pairs | {"ref_logprobs": ref}, 1)
+    _, metrics = update(step, params, batch)
+    total = sum(w * x.mean() for w, x in zip(weights, expected.values(), strict=True))
+    assert metrics["loss"] == pytest.approx(total, rel=1e-4)
+    assert metrics["rewards/chosen"] == pytest.approx(0.5 * (sums - ref)[:, 0].mean(), abs=1e-4)
+    assert metrics["logps/chosen"] == pytest.approx(sums[:, 0].mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "options"), [("simpo", {"gamma": 0.3}), ("cpo", {})])
+def test_without_a_reference_the_reward_is_the_log_prob_that_the_loss_reads(params, name, options):
+    pairs = pair_batch()
+    sums, lengths = sums_of(params, pairs)
+    _, metrics = update(preference_step(SGD, name, **options), params, microbatches(pairs, 2))
+    read = sums / lengths if name == "simpo" else sums
+    assert metrics["rewards/chosen"] == pytest.approx(0.5 * read[:, 0].mean(), rel=1e-5)
+    assert metrics["rewards/rejected"] == pytest.approx(0.5 * read[:, 1].mean(), rel=1e-5)
+    assert metrics["rewards/accuracies"] == np.mean(read[:, 0] > read[:, 1])
+
+
+def test_clip_cov_draws_by_step_and_microbatch(params):
+    options = {"epsilon": 0.2, "clip_cov_ratio": 0.3, "clip_cov_lb": -9.0, "clip_cov_ub": 9.0}
+    objective = dataclasses.replace(OBJECTIVE, loss_type="clip_cov", options=options)
+    frozen = optax.sgd(0.0)
+    step = jax.jit(make_policy_step(MODEL, frozen, objective, logprob_chunk_size=64))
+    rows = policy_batch([[d] for d in examples(4)])
+    twice = jax.tree.map(lambda x: np.stack([x, x]), rows)
+    start = init_state(params, frozen)
+    state, first = step(start, twice)
+    _, again = step(start, twice)
+    _, second = step(state, twice)
+    assert first["loss"] == again["loss"] != second["loss"]
+    assert first["clip_ratio/region_mean"] == second["clip_ratio/region_mean"] > 0.2
+    _, alone = step(start, jax.tree.map(lambda x: x[None], rows))
+    assert alone["loss"] != first["loss"]  # the second half of `first` is the same rows
+
+
+def test_the_share_of_tokens_far_from_the_sampler_is_counted(params):
+    docs = [[d] for d in examples(4)]
+    batch = policy_batch(docs)
+    mask = batch["completion_mask"]
+    near = np.asarray(_logprobs(params, batch))
+    far = np.random.default_rng(0).random(mask.shape) < 0.5
+    for shift in (0.8, -0.8):  # the ratio is 0.45 or 2.2
+        batch["old_logprobs"] = near + np.where(far, shift, 0.6).astype(np.float32)
+        _, metrics = update(step_of("policy", beta=0.0), params, microbatches(batch, 2))
+        share = metrics["sampling/importance_sampling_ratio/outside_share"]
+        assert share == pytest.approx(far[mask].mean())
 
 
 def test_policy_gradient_at_ratio_one_is_reinforce(params):
