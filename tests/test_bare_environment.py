@@ -22,7 +22,9 @@ class Filter:
         self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in sys.stdlib_module_names | set({ALLOWED}):
+        top = name.partition(".")[0]
+        # The settings Python was built with are a module that bears the name of the machine.
+        if top in sys.stdlib_module_names | set({ALLOWED}) or top.startswith("_sysconfigdata"):
             return self.finder.find_spec(name, path, target)
 
     def __getattr__(self, name):

@@ -10,7 +10,6 @@ prepare_devices()
 import jax
 import pytest
 
-from jaxrl_reason.conformance.case import Case
 from jaxrl_reason.conformance.cases import CASES, FUNCTIONS
 from jaxrl_reason.conformance.evaluation import jitted
 from jaxrl_reason.conformance.plugin import CHECKED, MISSING
@@ -56,12 +55,12 @@ def settings(implementation):
 def pytest_collection_modifyitems(items):
     """Puts the tests of a case next to each other, since they share compiled programs."""
     order = {case.name: place for place, case in enumerate(CASES)}
-    cases = [getattr(item, "callspec", None) and item.callspec.params.get("case") for item in items]
-    here = [
-        i
-        for i, case in enumerate(cases)
-        if isinstance(case, Case) and items[i].path.parent == Path(__file__).parent
-    ]
-    ranked = [items[i] for i in sorted(here, key=lambda i: order[cases[i].name])]
-    for place, item in zip(here, ranked, strict=True):
+    folder = Path(__file__).parent
+    ranks = {}
+    for place, item in enumerate(items):
+        spec = getattr(item, "callspec", None)
+        if item.path.parent == folder and spec is not None and "case" in spec.params:
+            ranks[place] = order[spec.params["case"].name]
+    ranked = [items[place] for place in sorted(ranks, key=ranks.__getitem__)]
+    for place, item in zip(ranks, ranked, strict=True):
         items[place] = item

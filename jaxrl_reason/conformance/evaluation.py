@@ -17,6 +17,8 @@ from jaxrl_reason.conformance.case import ROWS, Case
 Arrays = dict[str, np.ndarray]
 Function = Callable[..., Any]
 
+TOLERANCES = {"float32": 1e-5, "float64": 1e-9}
+"""Largest error, relative to the largest entry of an array."""
 STEP = 1e-3
 """Of central differences; cases keep ten times this distance from kinks."""
 
@@ -110,13 +112,19 @@ def numeric_gradients(case: Case) -> Arrays:
 
 @functools.cache
 def _quick() -> dict[str, Any]:
-    """Options that cut the time of compilation by four, where this version of XLA has them."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(jnp.negative, compiler_options=options)(1.0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
+    """Options that cut the time of compilation by four, those that this version of XLA has."""
+    found = {}
+    for name, value in (
+        ("xla_backend_optimization_level", 0),
+        ("xla_cpu_use_fusion_emitters", False),
+        ("xla_cpu_parallel_codegen_split_count", 1),
+    ):
+        try:
+            jax.jit(jnp.negative, compiler_options={name: value})(1.0)
+        except jax.errors.JaxRuntimeError:
+            continue
+        found[name] = value
+    return found
 
 
 def compiled(function: Function) -> Function:
@@ -190,6 +198,11 @@ def assert_close(got: Any, want: Any, tolerance: float, what: str) -> None:
         found, keys = _keys(own_path), _keys(path)
         assert found == keys, f"{where}: found under {found}; expected {keys}"
         _assert_close_arrays(np.asarray(value), np.asarray(wanted), tolerance, where)
+
+
+def assert_same(got: Any, want: Any, what: str) -> None:
+    """Two results of one function in float32, which may add in another order."""
+    assert_close(jax.device_get(got), want, TOLERANCES["float32"], what)
 
 
 def _keys(path) -> list[Any]:

@@ -44,7 +44,7 @@ def pytest_configure(config):
 
 
 # As the outermost wrapper it writes after the list of failures.
-@pytest.hookimpl(wrapper=True, tryfirst=True)
+@pytest.hookimpl(hookwrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter, config):
     """Tells how many functions were checked, which are missing, and which do not conform."""
     yield

@@ -5,7 +5,7 @@ import pytest
 
 from jaxrl_reason.conformance import checks
 from jaxrl_reason.conformance.cases import CASES
-
+from jaxrl_reason.conformance.masking import check_masked
 
 FIRST = {case.function: case for case in reversed(CASES)}
 
@@ -52,7 +52,7 @@ def test_vmap_and_devices(case, offered):
 
 @over(lambda case: case.masked)
 def test_masked(case, offered):
-    checks.check_masked(offered(case.function), case)
+    check_masked(offered(case.function), case)
 
 
 @over(lambda case: case.rowwise and "jit" in case.transforms)

@@ -10,6 +10,7 @@ import functools
 import json
 import operator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def records():
 
 def reduced(result, record, mask):
     """The array that the reference returned, from the result of our function."""
-    value = functools.reduce(operator.getitem, record["output"], result)
+    value: Any = functools.reduce(operator.getitem, record["output"], result)
     how = record["reduction"]
     if how is not None and value.dtype == jnp.bool_:
         value = value.astype(record["dtype"])

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.conformance.checks import BAD
 from jaxrl_reason.conformance.evaluation import compiled
+from jaxrl_reason.conformance.masking import BAD
 
 B, T = 8, 6
 VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}

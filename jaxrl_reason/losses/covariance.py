@@ -105,7 +105,7 @@ def kl_cov_loss(
     chosen = _first(counted, covariance, _share(kl_cov_ratio, mask, covariance.dtype))
 
     # JAX gives |x| the slope 1 at 0, which is where the first update on a batch is.
-    absolute = lambda x: x * jax.lax.stop_gradient(jnp.sign(x))
+    absolute = lambda x: x * jnp.sign(x)
     loss = guard_nonfinite(lambda x, a: -a * bounded_exp(x), log_ratio, advantages)
     penalty = guard_nonfinite(lambda x: ppo_kl_coef * absolute(x), log_ratio)
     return jnp.where(mask, loss + jnp.where(chosen, penalty, 0), 0)

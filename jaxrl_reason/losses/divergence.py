@@ -12,7 +12,7 @@ _ESTIMATORS = {
     "k2": lambda difference: 0.5 * jnp.square(difference),
     "k3": lambda difference: bounded_exp(-difference) + difference - 1,
     # JAX gives the absolute value slope 1 at 0, where the policy equals the reference.
-    "k1_abs": lambda difference: difference * jax.lax.stop_gradient(jnp.sign(difference)),
+    "k1_abs": lambda difference: difference * jnp.sign(difference),
 }
 
 

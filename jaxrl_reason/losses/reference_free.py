@@ -83,8 +83,5 @@ def _mean(sums, lengths, name):
 def _log_odds(mean):
     """log(p / (1 - p)) of a log-probability."""
     mean = jnp.minimum(mean, -jnp.finfo(mean.dtype).eps)
-    # Each form of log(1 - p) loses its digits where the other is used: near p = 0, and near p = 1.
-    likely = mean > -jnp.log(2.0)
-    near_one = jnp.log(-jnp.expm1(jnp.where(likely, mean, -1)))
-    near_zero = jnp.log1p(-jnp.exp(jnp.where(likely, -1, mean)))
-    return mean - jnp.where(likely, near_one, near_zero)
+    # expm1 keeps the digits of 1 - p near p = 1; the ones lost near p = 0 are nothing beside log p.
+    return mean - jnp.log(-jnp.expm1(mean))

@@ -65,7 +65,7 @@ def mgda(
     gram = gram_matrix(gradients)
     if normalize == "l2":
         squares = jnp.diagonal(gram)
-        inverse = jnp.where(squares > 0, jax.lax.rsqrt(jnp.where(squares > 0, squares, 1)), 0)
+        inverse = jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))
         scaled = gram * inverse[:, None] * inverse[None, :]
     else:
         scaled = gram

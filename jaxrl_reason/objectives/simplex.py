@@ -128,15 +128,13 @@ def cagrad_weights(
     root = (q + jnp.sqrt(jnp.maximum(jnp.square(q) - p * rest, 0))) / p
     candidates = _feasible(root[:, None] * ones - inners, faces)
     candidates = jnp.concatenate([candidates, _faces(gram, mask)[None]])
-    allowed = jnp.all((candidates == 0) | mask[None, :], axis=-1)
-
     lengths = jnp.sqrt(jnp.maximum(_squared_norms(gram, candidates), 0))
     values = jnp.sum(candidates * inner[None, :], axis=-1) + radius * lengths
-    best = jnp.argmin(jnp.where(allowed, values, jnp.inf))
+    best = _best(candidates, values, mask)
     length = lengths[best]
-    # Below this the direction is rounding noise.
-    noise = 8 * jnp.finfo(gram.dtype).eps * jnp.max(jnp.diagonal(gram))
-    vanishes = jnp.square(length) <= noise
+    # Where the parts of v_w cancel to this, its direction is rounding noise.
+    parts = jnp.sum(candidates[best] * jnp.sqrt(jnp.diagonal(gram)))
+    vanishes = jnp.square(length) <= 8 * jnp.finfo(gram.dtype).eps * jnp.square(parts)
     pull = jnp.where(vanishes, 0, radius / jnp.where(vanishes, 1, length))
     return jax.lax.stop_gradient(mean + pull * candidates[best])
 
@@ -173,7 +171,7 @@ def _face_systems(gram) -> tuple[Float[Array, "F M"], Float[Array, "F M M"]]:
 
 
 def _feasible(candidates, faces):
-    """Moves any finite candidates into the simplex; a useless one becomes the middle of its face.
+    """Moves candidates into the simplex; one for which that is impossible becomes 0.
 
     Solutions of singular systems are noise. Made feasible they are harmless, because the best
     feasible candidate is kept, and an optimum always lies on a face of independent vectors.
@@ -181,8 +179,13 @@ def _feasible(candidates, faces):
     candidates = jnp.maximum(candidates, 0) * faces
     total = jnp.sum(candidates, axis=-1, keepdims=True)
     useful = (total > 0) & jnp.isfinite(total)
-    middle = faces / jnp.sum(faces, axis=-1, keepdims=True)
-    return jnp.where(useful, candidates / jnp.where(useful, total, 1), middle)
+    return jnp.where(useful, candidates / jnp.where(useful, total, 1), 0)
+
+
+def _best(candidates, values, mask):
+    """Index of the smallest value among candidates that are on the simplex of the mask."""
+    inside = jnp.all((candidates == 0) | mask[None, :], axis=-1) & jnp.any(candidates != 0, axis=-1)
+    return jnp.argmin(jnp.where(inside, values, jnp.inf))
 
 
 def _faces(gram, mask):
@@ -194,8 +197,7 @@ def _faces(gram, mask):
     side = jnp.zeros_like(border).at[:, -1].set(1)
     solutions = jnp.linalg.solve(systems, side[:, :, None])[:, :-1, 0]
     candidates = _feasible(solutions, faces)
-    allowed = jnp.all((faces == 0) | mask[None, :], axis=-1)
-    best = jnp.argmin(jnp.where(allowed, _squared_norms(gram, candidates), jnp.inf))
+    best = _best(candidates, _squared_norms(gram, candidates), mask)
     return jnp.where(mask, candidates[best], 0)
 
 

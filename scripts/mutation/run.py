@@ -83,14 +83,14 @@ def sample(mutants: Sequence[Mutant], count: int) -> list[Mutant]:
     return [mutant for mutant in rounds if mutant is not None][:count]
 
 
-def copy_package(folder: Path, mutant: Mutant | None) -> None:
-    """The package in an empty folder, with the edit of a mutant."""
-    # A compiled file is taken for that of a source with the same size and second.
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(PACKAGE, folder / PACKAGE.name, ignore=ignore)
+def copy_package(scratch: Path, mutant: Mutant | None = None) -> Path:
+    """A new folder with the package as it was at the start, with the edit of a mutant."""
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    shutil.copytree(scratch / PACKAGE.name, folder / PACKAGE.name)
     if mutant is not None:
         file = folder / PACKAGE.name / path_of(mutant.module)
         file.write_text(mutant.apply(file.read_text()))
+    return folder
 
 
 def arguments_for(mutant: Mutant) -> list[list[str]]:
@@ -150,8 +150,7 @@ def check(mutants: Sequence[Mutant], jobs: int, scratch: Path) -> Iterator[Outco
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.popleft()
-            folder = Path(tempfile.mkdtemp(dir=scratch))
-            copy_package(folder, mutant)
+            folder = copy_package(scratch, mutant)
             child = start(folder, arguments_for(mutant))
             running[child] = mutant, folder, time.monotonic()
         child, status = os.waitpid(-1, os.WNOHANG)
@@ -178,8 +177,7 @@ def passes_unchanged(outcomes: Sequence[Outcome], scratch: Path) -> bool:
     runs += [[*ALONE, *units]] if units else []
     # A mutant that cannot be imported fails before any test.
     runs += [[SUITE, "--collect-only"]] if "" in tests else []
-    folder = Path(tempfile.mkdtemp(dir=scratch))
-    copy_package(folder, None)
+    folder = copy_package(scratch)
     _, status = os.waitpid(start(folder, runs), 0)
     if status:
         print((folder / "log").read_text())
@@ -238,12 +236,16 @@ def main() -> int:
         print(*(f"{one.line:4} {one.name}" for one in mutants), sep="\n")
         return 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
-        prepare(Path(scratch) / "cache")
-        for outcome in check(mutants, options.jobs, Path(scratch)):
+        scratch = Path(scratch)
+        # A compiled file would be taken for that of any source of the same size and second.
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(PACKAGE, scratch / PACKAGE.name, ignore=ignore)
+        prepare(scratch / "cache")
+        for outcome in check(mutants, options.jobs, scratch):
             outcomes.append(outcome)
             progress = f"{outcome.status:8} {outcome.seconds:5.1f} s  {outcome.mutant.name}"
             print(progress, file=sys.stderr, flush=True)
-        sound = passes_unchanged([x for x in outcomes if x.status == "caught"], Path(scratch))
+        sound = passes_unchanged([x for x in outcomes if x.status == "caught"], scratch)
     outcomes.sort(key=lambda outcome: options.module.index(outcome.mutant.module))
     report(outcomes)
     if options.json:

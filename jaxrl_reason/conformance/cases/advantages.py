@@ -67,7 +67,7 @@ CASES = (
             options={"num_generations": G, "baseline": baseline, "scale": scale},
             oracle=_group,
             knobs={
-                **({"num_generations": 2} if "none" != baseline or scale == "group" else {}),
+                **({"num_generations": 2} if baseline != "none" or scale == "group" else {}),
                 "baseline": "mean" if baseline == "none" else "none",
                 "scale": "batch" if scale == "none" else "none",
                 **({} if scale == "none" else {"ddof": 0, "eps": 0.1}),

@@ -1,5 +1,6 @@
 """Cases of the masked reductions, and of log-probabilities and entropies of tokens."""
 
+import functools
 from collections import defaultdict
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxrl_reason.conformance.case import ROWS, Case
 T, D, V = 6, 4, 7
 
 
-def _values(rng, dtype=np.bool_):
+def _values(rng, dtype: type = np.bool_):
     # One row counts nowhere, and one everywhere.
     mask = rng.random((ROWS, T)) < 0.6
     mask[1], mask[2] = False, True
@@ -81,11 +82,11 @@ def _logits(rng):
     return {"logits": 2 * rng.normal(size=(ROWS, T, V)), "tokens": tokens}
 
 
-def _hidden(rng):
+def _hidden(rng, vocabulary):
     return {
         "hidden": rng.normal(size=(ROWS, T, D)),
-        "unembedding": rng.normal(size=(D, V)),
-        "tokens": rng.integers(V, size=(ROWS, T)).astype(np.int32),
+        "unembedding": rng.normal(size=(D, vocabulary)),
+        "tokens": rng.integers(vocabulary, size=(ROWS, T)).astype(np.int32),
     }
 
 
@@ -172,17 +173,17 @@ CASES = (
         )
         for label, options in (("", {}), ("hot", {"temperature": 2.0}))
     ),
-    # One position of each row at a time; two, which does not divide the five; all of them.
+    # The least chunks, chunks that divide neither rows nor vocabulary, and one that holds all.
     *(
         Case(
             function="chunked_token_logprobs",
-            label=f"{chunk_size}-at-once",
-            inputs=_hidden,
+            label=f"{chunk_size}_of_{vocabulary}",
+            inputs=functools.partial(_hidden, vocabulary=vocabulary),
             options={"chunk_size": chunk_size, "temperature": 0.8},
             oracle=_chunked,
             moving=("hidden", "unembedding"),
             knobs={"temperature": 1.0},
         )
-        for chunk_size in (1, 2 * ROWS, 1000)
+        for chunk_size, vocabulary in ((1, V), (17, V), (27, 12), (1000, V))
     ),
 )

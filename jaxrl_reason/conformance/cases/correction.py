@@ -112,4 +112,10 @@ CASES: tuple[Case, ...] = (
         oracle=lambda mean, mean_square: mean**2 / mean_square,
         masked=("mean", "mean_square"),
     ),
+    Case(
+        function="effective_sample_share",
+        label="no weight",
+        inputs=lambda rng: {"mean": np.arange(ROWS) / 8, "mean_square": np.arange(ROWS) / 1.0},
+        oracle=lambda mean, square: np.divide(mean**2, square, np.zeros(ROWS), where=square != 0),
+    ),
 )

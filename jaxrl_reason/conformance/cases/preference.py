@@ -62,6 +62,16 @@ def _sums_and_lengths(rng):
     return {**_sums(rng), "chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
 
 
+def _sums_and_float_lengths(rng):
+    return {name: x.astype(np.float64) for name, x in _sums_and_lengths(rng).items()}
+
+
+def _far_pairs(rng):
+    """Log-ratios at which the square of p / p_ref is above exp(20)."""
+    reference, ratios = rng.uniform(-30, -25, (2, ROWS)), rng.uniform(10.2, 11.5, (2, ROWS))
+    return dict(zip(_PAIR, (*(reference + ratios), *reference), strict=True))
+
+
 def _means(rng):
     """Geometric mean probabilities from 0.1 to 0.8; the odds bend too much for steps near 1."""
     chosen, rejected = -np.exp(rng.uniform(-1.4, 0.8, (2, ROWS)))
@@ -117,6 +127,13 @@ def _of_margin(formula):
         return formula(beta * (above - below), **options)
 
     return oracle
+
+
+def _far(*pair, beta, f_divergence, f_alpha):
+    """DPO with a reward that goes on as the tangent of (u^2 - 1) / 2 from u^2 = exp(20)."""
+    assert (f_divergence, f_alpha) == ("alpha", 3.0)
+    score = lambda x: (np.exp(20) * (1 + 2 * x - 20) - 1) / 2
+    return _softplus(-beta * (score(pair[0] - pair[2]) - score(pair[1] - pair[3])))
 
 
 def _of_ratios(formula):
@@ -298,19 +315,32 @@ CASES: tuple[Case, ...] = (
         {"label_smoothing": 0.0},
         label="conservative",
     ),
+    Case(
+        function="dpo_loss",
+        label="alpha far away",
+        inputs=_far_pairs,
+        options={"beta": 1e-9, "f_divergence": "alpha", "f_alpha": 3.0},
+        oracle=_far,
+        moving=_POLICY,
+        masked=_PAIR,
+    ),
     # The paper's tau, at a beta that keeps the modulation from being a step.
     _paired("discopop_loss", _of_margin(_discopop), {"beta": 0.1}, {"beta": 0.2}, label="tau 0.05"),
     _paired("preference_metrics", _metrics, {"beta": 0.5}, {"beta": 0.8}, moving=()),
     *_sorted_cases("aot_loss", _sorted_margins, _aot),
     *_sorted_cases("aot_unpaired_loss", _sorted_ratios, _aot_unpaired),
-    Case(
-        function="simpo_loss",
-        inputs=_sums_and_lengths,
-        options={"beta": 2.0, "gamma": 0.5},
-        oracle=_simpo,
-        moving=_POLICY,
-        knobs={"beta": 1.0, "gamma": 0.3},
-        masked=_POLICY,
+    *(
+        Case(
+            function="simpo_loss",
+            label=label,
+            inputs=inputs,
+            options={"beta": 2.0, "gamma": 0.5},
+            oracle=_simpo,
+            moving=_POLICY,
+            knobs={"beta": 1.0, "gamma": 0.3},
+            masked=_POLICY,
+        )
+        for label, inputs in (("", _sums_and_lengths), ("float lengths", _sums_and_float_lengths))
     ),
     Case(
         function="orpo_loss",

@@ -85,6 +85,19 @@ def _weighted(rng, *, form):
     return {**arrays, "importance_weights": rng.uniform(0.7, 1.4, SHAPE)}
 
 
+def _far(rng, *, form):
+    """Products of ratios beyond both ends of VESPO's range."""
+    arrays = _sequences(rng, form=form)
+    shift = np.where(np.arange(ROWS) % 4 < 2, 26.0, -24.0)[:, None] / np.maximum(
+        arrays["mask"].sum(axis=1, keepdims=True), 1
+    )
+    return {**arrays, "logprobs": arrays["logprobs"] + np.where(arrays["mask"], shift, 0)}
+
+
+def _with_alpha(rng, *, form):
+    return {**_live_and_dead(rng, form=form), "alpha": np.asarray(1.7)}
+
+
 def _gspo(logprobs, old, a, mask, *, segment_ids=None, **clips):
     ratio = np.exp(_along(logprobs - old, mask, segment_ids, np.mean))
     return np.where(mask, ppo(ratio, spread(a, mask), **clips), 0)
@@ -117,7 +130,8 @@ def _gmpo_metrics(logprobs, old, a, mask, *, epsilon, epsilon_high=None):
 
 def _vespo(frozen, logprobs, old, a, mask, *, importance_weights=1.0, segment_ids=None, **kernel):
     log_ratio = frozen["logprobs"] - old + np.log(importance_weights)
-    weight, a = np.exp(_along(log_ratio, mask, segment_ids, np.sum)), spread(a, mask)
+    log_weight = np.clip(_along(log_ratio, mask, segment_ids, np.sum), np.log(1e-8), 20)
+    weight, a = np.exp(log_weight), spread(a, mask)
     k = np.where(a >= 0, kernel["k_pos"], kernel["k_neg"])
     rate = np.where(a >= 0, kernel["lambda_pos"], kernel["lambda_neg"])
     return np.where(mask, -(weight**k) * np.exp(rate * (1 - weight)) * a * logprobs, 0)
@@ -159,6 +173,7 @@ _TO_HIGH = {"epsilon_high": 3.0}
 _LOG_EPSILON, _LOG_HIGH = {"epsilon": 0.3}, {"epsilon": 0.3, "epsilon_high": 0.5}
 _LOG_KNOBS = {"epsilon": 0.5, "epsilon_high": 0.8}
 _VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
+_FLAT = {"k_pos": 0.05, "lambda_pos": 1e-9, "k_neg": 0.04, "lambda_neg": 2e-9}
 _VESPO_KNOBS = {name: value + 0.5 for name, value in _VESPO.items()}
 _VESPO_KNOBS |= {"importance_weights": _WEIGHTS, "segment_ids": _PACKED}
 _SUMS = functools.partial(_sequences, level=np.sum)
@@ -184,6 +199,7 @@ CASES: tuple[Case, ...] = (
     _mode("gmpo_clip_metrics", "", _clipped_tokens, _LOG_EPSILON, _LOG_KNOBS, **_BOUND),
     _mode("gmpo_clip_metrics", "epsilon_high", _clipped_tokens, _LOG_HIGH, _TO_HIGH, **_BOUND),
     *_forms("vespo_loss", _SUMS, _VESPO, _VESPO_KNOBS, **detached(_vespo)),
+    _mode("vespo_loss", "far away", _far, _FLAT, {}, **detached(_vespo)),
     _mode(
         "vespo_loss",
         "importance_weights",
@@ -195,4 +211,5 @@ CASES: tuple[Case, ...] = (
     ),
     *_forms("gpg_loss", _live_and_dead, {}, {"alpha": 3.0, "segment_ids": _PACKED}, **_GPG),
     _mode("gpg_loss", "alpha", _live_and_dead, {"alpha": 2.0}, {"alpha": 3.0}, **_GPG),
+    _mode("gpg_loss", "array alpha", _with_alpha, {}, {}, keywords=("alpha",), **_GPG),
 )

@@ -95,18 +95,21 @@ def _calql(q_values, sampled_q_values, mc_returns, from_policy, sample_logprobs=
     return _cql(q_values, lifted, sample_logprobs, **options)
 
 
-def _conservative(function, oracle, weighted):
+def _conservative(function, oracle, weighted, *, label="", **options):
     returns = function == "calql_penalty"
     return Case(
         function=function,
-        label="weighted" if weighted else "",
+        label=label or ("weighted" if weighted else ""),
         inputs=functools.partial(_actions, returns=returns, weighted=weighted),
-        options={"temperature": 0.7},
+        options=options,
         oracle=oracle,
         moving=("q_values", "sampled_q_values"),
-        knobs={"temperature": 1.0},
+        knobs={"temperature": 1.5},
         masked=("q_values", "sampled_q_values"),
     )
+
+
+_PENALTIES = {"cql_penalty": _cql, "calql_penalty": _calql}
 
 
 def _td_targets(label, knobs, *, actions=(), **options):
@@ -157,6 +160,13 @@ CASES: tuple[Case, ...] = (
         moving=("q_values",),
         masked=("q_values",),
     ),
-    *(_conservative("cql_penalty", _cql, weighted) for weighted in (False, True)),
-    *(_conservative("calql_penalty", _calql, weighted) for weighted in (False, True)),
+    *(
+        _conservative(function, oracle, weighted, temperature=0.7)
+        for function, oracle in _PENALTIES.items()
+        for weighted in (False, True)
+    ),
+    *(
+        _conservative(function, oracle, False, label="temperature 1")
+        for function, oracle in _PENALTIES.items()
+    ),
 )

@@ -41,6 +41,19 @@ def any_order(rng) -> Inputs:
             return {"gradients": gradients, "key": rng.integers(2**31, size=2).astype(np.uint32)}
 
 
+def around_zero(rng) -> Inputs:
+    """Three gradients of the plane that have 0 between them."""
+    angles = np.asarray([0.0, 2.0, 4.0]) + rng.uniform(0, 0.5, size=3)
+    lengths = np.asarray([[1000.0], [500.0], [800.0]])
+    return {"gradients": lengths * np.stack([np.cos(angles), np.sin(angles)], axis=1)}
+
+
+def long_and_short(rng) -> Inputs:
+    """Two gradients against each other, of which the short one decides."""
+    x, y = np.linalg.qr(rng.normal(size=(4, 2)))[0].T
+    return {"gradients": np.stack([1000 * x, 0.5 * y - 0.5 * x])}
+
+
 def two_of_three(rng) -> Inputs:
     """Three gradients, a key and a mask; there is one order for the two that are left."""
     return {**any_order(rng), "mask": np.asarray([True, False, True])}
@@ -65,7 +78,7 @@ def cagrad_weights(gradients, *, c, mask) -> np.ndarray:
     return cagrad_coefficients(gradients @ gradients.T, mask, c=c)
 
 
-def rule(weigh, label="", *, masked=False, options=None, knobs=None, inputs=None) -> Case:
+def rule(weigh, label="", *, masked=False, inputs=None, **options) -> Case:
     """A case of the rule with these weights, which are constants of its derivative."""
 
     def direction(gradients, *key, mask=None, **options):
@@ -79,16 +92,15 @@ def rule(weigh, label="", *, masked=False, options=None, knobs=None, inputs=None
         function=weigh.__name__.removesuffix("_weights"),
         label="_".join(filter(None, [label, "masked" if masked else ""])),
         inputs=inputs or gradients_draw(masked=masked),
-        options=options or {},
         keywords=("mask",) if masked else (),
         oracle=direction,
         surrogate=surrogate,
-        knobs=knobs or {},
         moving=("gradients",),
         mask="mask" if masked else None,
         masked=("gradients",) if masked else (),
         rowwise=False,
         transforms=ON_ONE_DEVICE,
+        **options,
     )
 
 
@@ -138,6 +150,8 @@ CASES = (
     rule(pcgrad_weights, inputs=two_of_three, masked=True),
     rule(cagrad_weights, options={"c": 0.5}, knobs={"c": 0.9, "mask": FIRST}),
     rule(cagrad_weights, masked=True, options={"c": 0.5}),
+    rule(cagrad_weights, "around_zero", options={"c": 1.5}, inputs=around_zero),
+    rule(cagrad_weights, "short", options={"c": 0.5}, inputs=long_and_short),
     Case(
         function="dynamic_weights_gradient",
         inputs=weighted_gradients,

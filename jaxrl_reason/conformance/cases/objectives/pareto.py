@@ -22,7 +22,7 @@ def cloud(objectives):
     def inputs(rng):
         points = rng.integers(-1, 5, size=(9, objectives)) + 0.25
         points[:4] += rng.random((4, objectives))
-        points[-1] = points[-2]
+        points[-2:] = 2.25
         return {"points": points, "reference": 0.5 * rng.random(objectives)}
 
     return inputs
@@ -76,6 +76,14 @@ CASES = (
             transforms=(),
         )
         for objectives in (1, 2, 3, 4)
+    ),
+    Case(
+        function="hypervolume",
+        label="nothing",
+        inputs=lambda rng: {"points": rng.normal(size=(3, 2)), "reference": np.asarray([9.0, 0.0])},
+        oracle=inclusion_exclusion,
+        rowwise=False,
+        transforms=(),
     ),
     *(
         Case(

@@ -154,6 +154,24 @@ def stationary(rng) -> Inputs:
     return {"gram": np.outer(vectors, vectors), "mask": np.ones(2, bool)}
 
 
+def alone(rng) -> Inputs:
+    """Two vectors, of which the second is masked."""
+    vectors = rng.normal(size=(2, 3))
+    return {"gram": vectors @ vectors.T, "mask": np.asarray([True, False])}
+
+
+def on_a_line(rng) -> Inputs:
+    """The vectors x and 3x, whose line search ends at x, and one that is masked."""
+    x = rng.normal(size=4)
+    vectors = np.stack([x, 3 * x, rng.normal(size=4)])
+    return {"gram": vectors @ vectors.T, "mask": np.asarray([True, True, False])}
+
+
+def equal_vectors(rng) -> Inputs:
+    """Two vectors that are equal, so that no step is better than another."""
+    return {"gram": np.full((2, 2), rng.uniform(1, 2)), "mask": np.ones(2, bool)}
+
+
 def weights_draw(low: int) -> Callable[[np.random.Generator], Inputs]:
     """Weights of which the first is 0.6 and those from ``low`` on are masked."""
 
@@ -161,8 +179,9 @@ def weights_draw(low: int) -> Callable[[np.random.Generator], Inputs]:
         mask = np.arange(5) < low
         shares = mask[1:] * rng.uniform(0.5, 1, size=4)
         # Thousandths of 2^10 add up to 1 in any precision.
-        rest = rng.multinomial(410, shares / shares.sum())
-        return {"weights": np.where(mask, np.r_[614, rest] / 1024, 3.0), "mask": mask}
+        rest = rng.multinomial(410, shares / shares.sum()) if low > 1 else [0] * 4
+        first = 1024 - np.sum(rest)
+        return {"weights": np.where(mask, np.r_[first, rest] / 1024, 3.0), "mask": mask}
 
     return inputs
 
@@ -210,18 +229,22 @@ CASES = (
         for label, live, max_weight, knobs in (
             ("", 4, 0.4, {"max_weight": 0.5}),
             ("relaxed", 2, 0.3, {}),
+            ("alone", 1, 0.3, {}),
             ("inside", 4, 0.7, {}),
             ("unmasked", 5, 0.4, {}),
         )
     ),
-    Case(
-        function="min_norm_weights",
-        label="frank_wolfe_of_equal_vectors",
-        inputs=lambda rng: {"gram": np.full((2, 2), rng.uniform(1, 2)), "mask": np.ones(2, bool)},
-        options={"method": "frank_wolfe", "steps": 3},
-        oracle=min_norm,
-        rowwise=False,
-        transforms=ON_ONE_DEVICE,
+    *(
+        Case(
+            function="min_norm_weights",
+            label=f"frank_wolfe_{inputs.__name__}",
+            inputs=inputs,
+            options={"method": "frank_wolfe", "steps": 3},
+            oracle=min_norm,
+            rowwise=False,
+            transforms=ON_ONE_DEVICE,
+        )
+        for inputs in (alone, on_a_line, equal_vectors)
     ),
     Case(
         function="pcgrad_weights",
@@ -235,6 +258,14 @@ CASES = (
         options={"c": 0.5},
         oracle=cagrad_coefficients,
         knobs={"c": 0.9},
+        **SOLVER,
+    ),
+    Case(
+        function="cagrad_weights",
+        label="alone",
+        inputs=alone,
+        options={"c": 0.5},
+        oracle=cagrad_coefficients,
         **SOLVER,
     ),
     Case(
