@@ -103,20 +103,21 @@ def _blockwise_forward(states, head, targets, temperature, size):
         top, total, weighted, chosen = sums
         _, _, logits, wanted = _block(states, head, targets, temperature, i, size)
         highest = jnp.maximum(top, jnp.max(logits, axis=(-2, -1)))
-        # Where all logits so far are -inf there is no finite maximum to subtract.
-        base = jnp.where(jnp.isneginf(highest), 0, highest)
-        shrink = jnp.exp(top - base)
-        likelihood = jnp.exp(logits - base[..., None, None])
-        finite = jnp.where(jnp.isneginf(logits), 0, logits)
-        total = total * shrink + jnp.sum(likelihood, axis=(-2, -1))
-        weighted = weighted * shrink + jnp.sum(likelihood * finite, axis=(-2, -1))
+        # Logits are taken from the highest, so that neither exp nor entropy loses digits. Where all
+        # so far are -inf there is no finite highest.
+        drop = jnp.where(jnp.isneginf(top), 0, top - highest)
+        below = jnp.where(jnp.isneginf(logits), 0, logits - highest[..., None, None])
+        likelihood = jnp.where(jnp.isneginf(logits), 0, jnp.exp(below))
+        shrink = jnp.exp(drop)
+        weighted = shrink * (weighted + drop * total) + jnp.sum(likelihood * below, axis=(-2, -1))
+        total = shrink * total + jnp.sum(likelihood, axis=(-2, -1))
         chosen += jnp.sum(jnp.where(wanted, logits, 0), axis=(-2, -1))
         return highest, total, weighted, chosen
 
     start = (zeros - jnp.inf, zeros, zeros, zeros)
     top, total, weighted, chosen = jax.lax.fori_loop(0, _count(head, size), add, start)
     log_normalizers = top + jnp.log(total)
-    entropy = log_normalizers - weighted / total
+    entropy = jnp.log(total) - weighted / total
     saved = (states, head, targets, temperature, log_normalizers, entropy)
     return (chosen - log_normalizers, entropy), saved
 

@@ -234,7 +234,7 @@ def test_weights_are_1_on_policy(level, mode, offered_jitted, batch):
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
-def test_parts_of_a_batch_add_up(how, offered_jitted, batch):
+def test_aggregate_adds_up_over_parts_of_a_batch(how, offered_jitted, batch):
     """So do microbatches and devices: the mean is divided once, at the end."""
     aggregate = offered_jitted("aggregate")
     values, _, mask = batch
@@ -248,7 +248,7 @@ def test_parts_of_a_batch_add_up(how, offered_jitted, batch):
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
 @pytest.mark.parametrize("bad", BAD)
-def test_what_is_masked_does_not_reach_the_mean(how, bad, offered, batch):
+def test_aggregate_ignores_what_is_masked(how, bad, offered, batch):
     """A mean without any token is 0, and its gradient too."""
     aggregate = offered("aggregate")
     values, _, mask = batch

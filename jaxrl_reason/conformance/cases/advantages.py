@@ -87,6 +87,14 @@ CASES = (
     ),
     Case(
         function="global_advantages",
+        label="all equal",
+        inputs=lambda rng: {"rewards": np.full(ROWS, 0.1)},
+        options={"eps": 1e-4},
+        oracle=lambda rewards, *, eps: np.zeros(ROWS),
+        rowwise=False,
+    ),
+    Case(
+        function="global_advantages",
         inputs=_rewards,
         options={"eps": 0.01},
         oracle=_global,

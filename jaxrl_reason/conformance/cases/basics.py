@@ -90,6 +90,14 @@ def _hidden(rng, vocabulary):
     }
 
 
+def _far_apart(rng):
+    """Logits around 75 and around -75, whose exponentials need their maximum taken off."""
+    arrays = _hidden(rng, V)
+    arrays["hidden"][..., 0] = 1
+    arrays["unembedding"][0] += np.where(np.arange(V) % 2, 60, -60)
+    return arrays
+
+
 def _chunked(hidden, unembedding, tokens, *, chunk_size, temperature=1.0):
     return _logprobs(np.einsum("btd,dv->btv", hidden, unembedding), tokens, temperature=temperature)
 
@@ -185,5 +193,13 @@ CASES = (
             knobs={"temperature": 1.0},
         )
         for chunk_size, vocabulary in ((1, V), (17, V), (27, 12), (1000, V))
+    ),
+    Case(
+        function="chunked_token_logprobs",
+        label="far_apart",
+        inputs=_far_apart,
+        options={"chunk_size": 17, "temperature": 0.8},
+        oracle=_chunked,
+        moving=("hidden", "unembedding"),
     ),
 )

@@ -12,6 +12,7 @@ from jaxrl_reason.conformance.case import Case
 from jaxrl_reason.conformance.cases import covariance, sequence
 from jaxrl_reason.conformance.cases.ratios import (
     LOGPROBS,
+    SHAPE,
     detached,
     ppo,
     ppo_sides,
@@ -87,6 +88,19 @@ def _both(function: str, label: str, options: dict, knobs: dict, **fields) -> It
         )
 
 
+def _far_inputs(rng):
+    """Ratios above exp(20), which only bad tokens keep."""
+    log_ratio = rng.uniform(21, 26, SHAPE)
+    arrays = token_inputs(rng, per_token=True)
+    old, advantages = arrays["old_logprobs"], -np.abs(arrays["advantages"])
+    return {"logprobs": old + log_ratio, "old_logprobs": old, "advantages": advantages}
+
+
+def _far(logprobs, old, a, *, epsilon):
+    """PPO with a ratio that goes on as its tangent, so that it never overflows."""
+    return ppo(np.exp(20) * (1 + logprobs - old - 20), a, epsilon=epsilon)
+
+
 _loss = functools.partial(_both, moving=("logprobs",))
 _EPSILON, _HIGH = {"epsilon": 0.2}, {"epsilon": 0.2, "epsilon_high": 0.3}
 _DELTA = {"epsilon": 0.2, "delta": 1.8}
@@ -104,6 +118,15 @@ CASES: tuple[Case, ...] = (
     *_loss("clipped_policy_loss", "", _EPSILON, {**_KNOBS, "delta": 1.5}, oracle=_clipped),
     *_loss("clipped_policy_loss", "epsilon_high", _HIGH, _TO_HIGH, oracle=_clipped),
     *_loss("clipped_policy_loss", "delta", _DELTA, {"delta": 2.5}, oracle=_clipped),
+    Case(
+        function="clipped_policy_loss",
+        label="far away",
+        inputs=_far_inputs,
+        options=_EPSILON,
+        oracle=_far,
+        moving=("logprobs",),
+        masked=(*LOGPROBS, "advantages"),
+    ),
     *_both("clip_metrics", "", _EPSILON, _KNOBS, oracle=_clip_metrics),
     *_both("clip_metrics", "epsilon_high", _HIGH, _TO_HIGH, oracle=_clip_metrics),
     *_loss("cispo_loss", "", _CISPO, _CISPO_KNOBS, **detached(_cispo)),

@@ -171,6 +171,18 @@ CASES = (
         knobs=OTHERS,
         **REWARDS,
     ),
+    # The float32 mean of seven times 0.1 is not 0.1.
+    Case(
+        function="gdpo_advantages",
+        label="all equal",
+        inputs=lambda rng: {
+            "rewards": np.full((ROWS, 2), 0.1),
+            "mask": np.arange(2 * ROWS).reshape(ROWS, 2) > 0,
+        },
+        options={"weights": WEIGHTS[:2], "num_generations": ROWS},
+        oracle=lambda rewards, mask, **_: np.zeros(ROWS),
+        **REWARDS,
+    ),
     Case(
         function="chebyshev_advantages",
         inputs=draw(),
