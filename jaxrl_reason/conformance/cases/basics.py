@@ -196,6 +196,15 @@ CASES = (
     ),
     Case(
         function="chunked_token_logprobs",
+        label="array_temperature",
+        inputs=lambda rng: {**_hidden(rng, V), "temperature": np.asarray(0.8)},
+        options={"chunk_size": 17},
+        keywords=("temperature",),
+        oracle=_chunked,
+        moving=("hidden", "unembedding", "temperature"),
+    ),
+    Case(
+        function="chunked_token_logprobs",
         label="far_apart",
         inputs=_far_apart,
         options={"chunk_size": 17, "temperature": 0.8},
