@@ -20,6 +20,7 @@ from jaxrl_reason.arrays import (
     to_floats,
     to_mask,
 )
+from jaxrl_reason.losses.divergence import kl_estimate
 from jaxrl_reason.losses.policy import (
     Advantages,
     ClipMetrics,
@@ -104,10 +105,8 @@ def kl_cov_loss(
     log_ratio, advantages, _ = log_ratios(logprobs, old_logprobs, advantages)
     chosen = _first(counted, covariance, _share(kl_cov_ratio, mask, covariance.dtype))
 
-    # JAX gives |x| the slope 1 at 0, which is where the first update on a batch is.
-    absolute = lambda x: x * jnp.sign(x)
     loss = guard_nonfinite(lambda x, a: -a * bounded_exp(x), log_ratio, advantages)
-    penalty = guard_nonfinite(lambda x: ppo_kl_coef * absolute(x), log_ratio)
+    penalty = ppo_kl_coef * kl_estimate(logprobs, old_logprobs, estimator="k1_abs")
     return jnp.where(mask, loss + jnp.where(chosen, penalty, 0), 0)
 
 
