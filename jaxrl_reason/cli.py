@@ -1,4 +1,4 @@
-"""The command line: run, evaluate, sample, lineage.
+"""The command line: run, evaluate, sample, lineage, bench.
 
 Mistakes in configurations, data or paths end with exit code 2 and one message; what a run has
 finished stays, and the same command goes on where it stopped.
@@ -35,6 +35,11 @@ Complete prompts with a checkpoint: those of a file (one prompt a line, or JSONL
 _LINEAGE = """\
 Where a checkpoint comes from: every ancestor with its stage, steps, configuration hash and data
 hash, back to the untrained model.
+"""
+
+_BENCH = """\
+Time the standard workloads on this machine: W1 and W2, a step of GRPO with completions of equal and
+of uneven length; W3, fine-tuning on packed documents; W4, sampling alone. Weights are random.
 """
 
 
@@ -118,11 +123,20 @@ def _sample(arguments: argparse.Namespace) -> None:
     number = 0
     while (prompt := _ask("> ")) != "":
         try:
-            for row in complete(loaded, [Prompt(prompt, "prompt")], config, first=number):
-                print(f"{row['completion']}   [{row['length']} tokens]")
+            growing = _print_growing if config.num_generations == 1 else None
+            typed = [Prompt(prompt, "prompt")]
+            for row in complete(loaded, typed, config, first=number, on_text=growing):
+                mark = "\r" if growing else ""
+                print(f"{mark}{row['completion']}   [{row['length']} tokens]")
             number += 1
         except InputError as error:
             print(f"error: {error}")
+
+
+def _print_growing(text: str) -> None:
+    """The completion so far, written over what was there before."""
+    if sys.stdout.isatty() and "\n" not in text:
+        print(f"\r{text}", end="", flush=True)
 
 
 def _ask(mark: str) -> str:
@@ -146,6 +160,30 @@ def _lineage(arguments: argparse.Namespace) -> None:
         if "data_hash" in meta:
             line += f"  data {meta['data_hash']}"
         print(f"{line}  seed {meta['seed']}  version {meta['code_version']}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from jaxrl_reason.bench.run import bench, default_shapes, serve_worker, table
+    from jaxrl_reason.bench.workloads import SHAPES, WORKLOADS
+
+    if arguments.worker:
+        serve_worker()
+        return
+    shapes = arguments.shapes or default_shapes()
+    for given, known in ((arguments.workloads, WORKLOADS), (shapes, SHAPES)):
+        strange = [name for name in given if name not in known]
+        if strange:
+            raise InputError(f"{', '.join(strange)} is none of {', '.join(known)}")
+    result = bench(
+        arguments.workloads,
+        shapes,
+        repeats=arguments.repeats,
+        changes=arguments.changes,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if arguments.out is not None:
+        Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
 
 
 def _fields(name: str) -> str:
@@ -220,6 +258,16 @@ def _parser() -> argparse.ArgumentParser:
     lineage = add("lineage", _lineage, _LINEAGE, "where a checkpoint comes from")
     lineage.add_argument("checkpoint", help="folder of a stage or of one of its checkpoints")
     lineage.add_argument("--json", action="store_true", help="one JSON object an ancestor")
+    bench = add("bench", _bench, _BENCH, "time the standard workloads")
+    standard = ["W1", "W2", "W3", "W4"]
+    bench.add_argument("--workloads", nargs="+", default=standard, metavar="NAME")
+    bench.add_argument("--shapes", nargs="+", metavar="NAME", help="tiny, small, 1b")
+    bench.add_argument("--repeats", type=int, default=5)
+    bench.add_argument("--out", metavar="FILE", help="write every repeat as JSON")
+    bench.add_argument(
+        "--changes", type=json.loads, default={}, metavar="JSON", help="fields of the workloads"
+    )
+    bench.add_argument("--worker", action="store_true", help="serve scripts/bench/compare.py")
     return parser
 
 

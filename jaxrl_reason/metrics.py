@@ -1,8 +1,8 @@
 """A run's scalars on their way to disk, trackers and the terminal; the only door to trackers.
 
-Called by the stages: a `MetricLog` per stage directory, a `Progress` per training loop and a
-`Stopwatch` per step. The JSON lines are the record that everything else (plots, tests, resume)
-reads; TensorBoard and W&B are copies of it. Metric names are TRL's.
+Called by the stages: a `MetricLog` per stage directory and a `Progress` per training loop. The JSON
+lines are the record that everything else (plots, tests, resume) reads; TensorBoard and W&B are
+copies of it. Metric names are TRL's.
 """
 
 import collections
@@ -34,11 +34,10 @@ VERL_NAMES: Mapping[str, str] = {
     "sampling/importance_sampling_ratio/mean": "rollout_corr/rollout_is_mean",
     "sampling/importance_sampling_ratio/min": "rollout_corr/rollout_is_min",
     "sampling/importance_sampling_ratio/max": "rollout_corr/rollout_is_max",
+    "num_gen_batches": "train/num_gen_batches",
     "step_time": "timing_s/step",
     "time/rollout": "timing_s/gen",
     "time/rewards": "timing_s/reward",
-    "time/old_logprobs": "timing_s/old_log_prob",
-    "time/ref_logprobs": "timing_s/ref",
     "time/update": "timing_s/update_actor",
 }
 """TRL's (and our `time/<phase>`) names to verl's, where both mean the same number."""
@@ -276,31 +275,6 @@ def _start_run(wandb: Any, project: str | None, directory: Path, from_step: int)
     return run
 
 
-class Stopwatch:
-    """Adds the seconds of a `with` block to `seconds[phase]`, also when the block raises.
-
-    Use as `with Stopwatch(seconds, "rollout"): ...`. JAX returns before the device has finished:
-    end a phase with `jax.block_until_ready` or by reading the result, or its seconds are counted in
-    the phase that first does so.
-    """
-
-    def __init__(
-        self,
-        seconds: dict[str, float],
-        phase: str,
-        *,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
-        self._seconds, self._phase, self._clock = seconds, phase, clock
-
-    def __enter__(self) -> None:
-        self._began = self._clock()
-
-    def __exit__(self, *_) -> None:
-        spent = self._clock() - self._began
-        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent
-
-
 class Progress:
     """The progress of a training loop: a bar on a terminal, a plain line now and then elsewhere.
 
@@ -337,6 +311,7 @@ class Progress:
         self._marks = collections.deque(maxlen=self.WINDOW + 1)
         self._printed = (-math.inf, -1, start)  # seconds, tenth and step of the last plain line
         self._bar = None
+        self._conclusion = ""
 
     def __enter__(self) -> "Progress":
         self._opened = self._clock()
@@ -349,6 +324,13 @@ class Progress:
             self._bar.stop()
         elif self._printed[2] != self._step:
             self._print()
+        if self._conclusion:
+            self._stream.write(f"{self._conclusion}\n")
+            self._stream.flush()
+
+    def conclude(self, text: str) -> None:
+        """Show a text when the loop is left."""
+        self._conclusion = text
 
     def update(self, step: int, *, tokens: int = 0, **shown: float | str) -> None:
         """Report that `step` is finished.

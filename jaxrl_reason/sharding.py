@@ -6,14 +6,19 @@ eight virtual devices and a node of GPUs; one configuration field changes the me
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import ParamSpec, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_reason.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MESH_AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -150,3 +155,18 @@ def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0):
                 f"(mesh {dict(mesh.shape)}); use a multiple of {multiple}"
             )
     return jax.device_put(batch, batch_sharding(mesh, batch_axis=batch_axis))
+
+
+def on_mesh(function: Callable[P, R], mesh: Mesh) -> Callable[P, R]:
+    """A jitted function that is traced with a mesh set, so that its contents can be cut over it.
+
+    Kernels and loops are not partitioned by the compiler; where they know the mesh, they are cut by
+    `jax.shard_map`.
+    """
+
+    @functools.wraps(function)
+    def on(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.set_mesh(mesh):
+            return function(*args, **kwargs)
+
+    return on

@@ -18,7 +18,6 @@ from jaxrl_reason.metrics import (
     VERL_NAMES,
     MetricLog,
     Progress,
-    Stopwatch,
     format_seconds,
     read_metrics,
     with_aliases,
@@ -378,22 +377,6 @@ def test_a_terminal_gets_a_bar_with_literal_text(monkeypatch):
     with Progress("grpo", 10, stream=stream) as bar:
         bar.update(1)
     assert stream.getvalue() == "grpo: 1/10 (10%) | 0:00 elapsed\n"
-
-
-def test_stopwatch_adds_up_phases_also_when_one_raises():
-    seconds, clock = {}, Clock()
-
-    def phase(name, duration, error=None):
-        with Stopwatch(seconds, name, clock=clock):
-            clock.seconds += duration
-            if error is not None:
-                raise error
-
-    phase("rollout", 2.0)
-    phase("update", 0.5)
-    with pytest.raises(RuntimeError):
-        phase("rollout", 1.0, RuntimeError())
-    assert seconds == {"rollout": 3.0, "update": 0.5}
 
 
 def test_progress_shows_the_telling_part_of_a_metric_path():

@@ -128,7 +128,7 @@ def test_who_is_asked(tools):
     reached = tools["reach"].reached
     assert {"pfab_advantages", "group_advantages"} <= reached("arrays", "masked_moments")
     assert "dpo_loss" not in reached("arrays", "masked_moments")
-    assert "chunked_token_logprobs" in reached("logprobs", "_blockwise_backward")
+    assert "chunked_token_logprobs" in reached("logprobs", "_blockwise_gradients")
 
 
 def test_a_sample_is_spread_over_modules(tools, everything):

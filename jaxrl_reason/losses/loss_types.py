@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -45,6 +46,9 @@ class LossType:
     """``scale`` of ``advantages.group_advantages`` in the paper that the name stands for."""
     clip_metrics: Callable[..., dict[str, Bool[Array, "B T"]]] | None = None
     """Which tokens have no gradient, for the same arrays; None where every token keeps its own."""
+    separable: bool = True
+    """A sequence whose advantage is 0 has loss 0 and gradient 0, and changes neither of another, so
+    that it can be left out if its weight is still counted. ``gpg`` then needs ``alpha``."""
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -69,11 +73,22 @@ class LossType:
         mask: Bool[Array, "B T"],
         segment_ids: Array | None = None,
         key: Array | None = None,
+        importance_weights: Float[Array, "B T"] | None = None,
         **options: Any,
     ) -> Float[Array, "B T"]:
-        """``loss`` of those arrays that it takes; unreduced."""
+        """``loss`` of those arrays that it takes; unreduced.
+
+        ``importance_weights``, p_old / p_sampling of each token, enter the loss where it has a
+        place for them and multiply it elsewhere.
+        """
         arrays = (logprobs, old_logprobs, advantages, mask, segment_ids, key)
-        return self.loss(**_taken(self.loss, arrays), **options)
+        given = _taken(self.loss, arrays)
+        if importance_weights is None:
+            return self.loss(**given, **options)
+        weights = jax.lax.stop_gradient(importance_weights)
+        if "importance_weights" in inspect.signature(self.loss).parameters:
+            return self.loss(**given, importance_weights=weights, **options)
+        return weights * self.loss(**given, **options)
 
     def clipped(
         self,
@@ -129,8 +144,10 @@ LOSS_TYPES: Mapping[str, LossType] = MappingProxyType(
         "gmpo": LossType(gmpo_loss, "sequence_mean", "group", gmpo_clip_metrics),
         "gpg": LossType(gpg_loss, "token_mean", "none"),
         "triplet": LossType(triplet_clipped_policy_loss, "constant", "none", triplet_clip_metrics),
-        "clip_cov": LossType(clip_cov_loss, "token_mean", "group", clip_cov_metrics),
-        "kl_cov": LossType(kl_cov_loss, "token_mean", "group"),
+        "clip_cov": LossType(
+            clip_cov_loss, "token_mean", "group", clip_cov_metrics, separable=False
+        ),
+        "kl_cov": LossType(kl_cov_loss, "token_mean", "group", separable=False),
     }
 )
 """The names that a stage offers.

@@ -1,7 +1,17 @@
 """Models: static, hashable descriptions with pure functions of their parameters."""
 
-from jaxrl_reason.models.attention import KVCache, repeat_cache
 from jaxrl_reason.models.config import PRESETS, ModelConfig, preset
 from jaxrl_reason.models.decoder import Model, Params
+from jaxrl_reason.models.paged import Pages, PageTable, empty_pages, write_contexts
 
-__all__ = ["PRESETS", "KVCache", "Model", "ModelConfig", "Params", "preset", "repeat_cache"]
+__all__ = [
+    "PRESETS",
+    "Model",
+    "ModelConfig",
+    "PageTable",
+    "Pages",
+    "Params",
+    "empty_pages",
+    "preset",
+    "write_contexts",
+]

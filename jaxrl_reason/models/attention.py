@@ -1,16 +1,19 @@
-"""Grouped-query attention, its masks, and the key/value cache as a value.
+"""Grouped-query attention and the mask of whole rows.
 
-Who may look at whom is decided by two things only: the slot (a query sees slots at or before its
-own) and the segment (a query sees its own document). Segment 0 is padding, seen by nobody else. For
-a row holding documents 1 and 2, and one slot of padding,
+Who may look at whom is decided by three things only: the slot (a query sees slots at or before its
+own), the segment (a query sees its own document) and the branch (a document may hold several
+continuations of one prompt; a query sees the prompt and its own continuation). Segment 0 is
+padding, seen by nobody else. For a row holding document 1, a prompt with two continuations, then
+document 2, and one slot of padding,
 
-    segment_ids  1 1 2 0      query 0:  x . . .
-                              query 1:  x x . .
-                              query 2:  . . x .
-                              query 3:  . . . x   (so that its softmax is finite; nobody reads it)
+    segment_ids  1 1 1 2 0      query 0:  x . . . .
+    branch_ids   0 1 2 0 0      query 1:  x x . . .
+                                query 2:  x . x . .
+                                query 3:  . . . x .
+                                query 4:  . . . . x   (its softmax is finite; nobody reads it)
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,51 +23,28 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.layers import Projection, RMSNorm, rotate
 
-
-class KVCache(NamedTuple):
-    """Keys and values of past tokens, one array per layer.
-
-    Separate arrays, not one stacked over layers: a step of decoding then updates each in place
-    instead of copying the stack. `segment_ids` says which slots are filled.
-    """
-
-    keys: tuple[Float[Array, "B S K H"], ...]
-    values: tuple[Float[Array, "B S K H"], ...]
-    segment_ids: Int[Array, "B S"]
-    length: Int[Array, ""]
-    """Slots written so far; the next tokens go to slots length, length + 1, ..."""
+MixRows = Callable[[Array, Array, Array], Array]
+"""Of whole rows: queries [B T N H], keys and values [B T K H] -> mixed values [B T N H]."""
+Mix = Callable[[Array, Array, Array], tuple[Array, tuple[Array, Array]]]
+"""The same, and what is kept of keys and values."""
 
 
-def empty_cache(config: ModelConfig, batch_size: int, length: int) -> KVCache:
-    """A cache of `length` empty slots for `batch_size` rows."""
-    shape = (batch_size, length, config.num_key_value_heads, config.head_dim)
-    zeros = tuple(
-        jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in range(config.num_hidden_layers)
-    )
-    return KVCache(
-        keys=zeros,
-        values=tuple(jnp.zeros_like(z) for z in zeros),
-        segment_ids=jnp.zeros((batch_size, length), jnp.int32),
-        length=jnp.zeros((), jnp.int32),
-    )
+def row_mask(
+    segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"] | None = None
+) -> Bool[Array, "B T T"]:
+    """True where query t may look at key s."""
+    slots = jnp.arange(segment_ids.shape[1])
+    causal = slots[:, None] >= slots[None, :]
+    mask = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    if branch_ids is None:
+        return mask
+    keys = branch_ids[:, None, :]
+    return mask & ((keys == 0) | (branch_ids[:, :, None] == keys))
 
 
-def repeat_cache(cache: KVCache, repeats: int) -> KVCache:
-    """Every row `repeats` times, copies consecutive: one prefill serves a group of completions."""
-    keys, values, segment_ids = jax.tree.map(
-        lambda x: jnp.repeat(x, repeats, axis=0), (cache.keys, cache.values, cache.segment_ids)
-    )
-    return KVCache(keys, values, segment_ids, cache.length)
-
-
-def attention_mask(
-    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], offset: Int[Array, ""] | int
-) -> Bool[Array, "B T S"]:
-    """True where query t, at slot offset + t, may look at key slot s."""
-    query_slots = offset + jnp.arange(query_segments.shape[1])
-    causal = query_slots[:, None] >= jnp.arange(key_segments.shape[1])[None, :]
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    return causal[None] & same
+def wide_dtype(x: Array) -> jnp.dtype:
+    """The dtype of scores and sums over keys: float32, or float64 if that of `x` is."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def attend(
@@ -73,14 +53,14 @@ def attend(
     values: Float[Array, "B S K H"],
     mask: Bool[Array, "B T S"],
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H)) v, scores and softmax in float32."""
+    """softmax(q k / sqrt(H)) v, scores and softmax in `wide_dtype`."""
     batch, length, num_heads, head_dim = queries.shape
     groups = num_heads // keys.shape[2]
     grouped = queries.reshape(batch, length, keys.shape[2], groups, head_dim)
-    scores = jnp.einsum(
-        "btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32
-    ) * jnp.float32(head_dim**-0.5)
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    wide = wide_dtype(queries)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=wide)
+    scores = scores * jnp.asarray(head_dim**-0.5, wide)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, values).reshape(queries.shape)
 
@@ -95,11 +75,9 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B T D"],
         positions: Int[Array, "B T"],
-        mask: Bool[Array, "B T S"],
-        past: tuple[Array, Array] | None,
-        slot: Int[Array, ""] | None,
+        mix: Mix,
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """`past` holds this layer's keys and values; the new ones are written from `slot` on."""
+        """`mix` knows who sees whom; what it keeps of keys and values is passed on."""
         c = self.config
         d, h = c.hidden_size, c.head_dim
         heads, kv = (d, c.num_attention_heads, h), (d, c.num_key_value_heads, h)
@@ -111,10 +89,7 @@ class Attention(nn.Module):
             k = RMSNorm(c, "head", name="k_norm")(k)
         q = rotate(q, positions, theta=c.rope_theta)
         k = rotate(k, positions, theta=c.rope_theta)
-        if past is not None:
-            k = jax.lax.dynamic_update_slice_in_dim(past[0], k.astype(past[0].dtype), slot, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(past[1], v.astype(past[1].dtype), slot, axis=1)
-        mixed = attend(q, k, v, mask)
+        mixed, kept = mix(q, k, v)
         shape = (c.num_attention_heads, h, d)
         out = Projection(c, "btnh,nhd->btd", shape, ("heads", "head", "embed"), 2, name="o")
-        return out(mixed), (k, v)
+        return out(mixed), kept

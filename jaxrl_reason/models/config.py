@@ -5,9 +5,10 @@ static argument. Field names are those of Hugging Face configurations.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 RematPolicy = Literal["none", "dots", "full"]
+AttentionBackend = Literal["auto", "plain", "blockwise", "cudnn", "splash"]
 DType = Literal["float32", "bfloat16"]
 
 
@@ -47,6 +48,8 @@ class ModelConfig:
     """Dtype in which parameters are stored and updated."""
     remat: RematPolicy = "none"
     """What the backward pass recomputes in a block: nothing, all but matmul outputs, everything."""
+    attention: AttentionBackend = "auto"
+    """How whole rows attend; "auto" takes what suits the device (docs/attention.md)."""
 
     def __post_init__(self):
         for name in (
@@ -68,6 +71,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary pairs two channels")
+        if self.attention not in get_args(AttentionBackend):
+            raise ValueError(
+                f"attention={self.attention!r} is unknown; "
+                f"one of {', '.join(get_args(AttentionBackend))}"
+            )
 
     @property
     def num_parameters(self) -> int:

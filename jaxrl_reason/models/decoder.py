@@ -1,12 +1,13 @@
 """A decoder-only language model as two pure functions of its parameters.
 
 `Model` is static and hashable; parameters are nested dicts with the layers of a kind stacked along
-a leading axis. Without a cache the blocks run under one `lax.scan`, which keeps compile time and
-program size independent of depth; with a cache they are unrolled, so that every layer's cache is
-its own array and a step of decoding updates it in place. Nothing outside `models/` sees Flax.
+a leading axis. Whole rows run through the blocks under one `lax.scan`, which keeps compile time and
+program size independent of depth; in decoding they are unrolled, so that the pages of every layer
+are arrays of their own and a step updates them in place. Nothing outside `models/` sees Flax.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +15,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jaxrl_reason.models.attention import Attention, KVCache, attention_mask, empty_cache
+from jaxrl_reason.models.attention import Attention, Mix
+from jaxrl_reason.models.attention_rows import row_attention
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.layers import GatedMLP, RMSNorm
+from jaxrl_reason.models.paged import Pages, PageTable, attend_pages
 
 Params = dict[str, Any]
 
@@ -27,13 +30,13 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, mask, past=None, slot=None):
+    def __call__(self, x, positions, mix: Mix):
         c = self.config
         normed = RMSNorm(c, name="attention_norm")(x)
-        mixed, past = Attention(c, name="attention")(normed, positions, mask, past, slot)
+        mixed, kept = Attention(c, name="attention")(normed, positions, mix)
         x = x + mixed
         x = x + GatedMLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
-        return x, past
+        return x, kept
 
 
 class Ends(nn.Module):
@@ -93,15 +96,11 @@ class Model:
         ends_key, layers_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
         x = jnp.zeros((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
-        mask = jnp.ones((1, 1, 1), bool)
+        mix = lambda q, k, v: (q, (k, v))
         ends = Ends(self.config).init(ends_key, tokens)["params"]
-        init_block = lambda k: Block(self.config).init(k, x, tokens, mask)["params"]
+        init_block = lambda k: Block(self.config).init(k, x, tokens, mix)["params"]
         keys = jax.random.split(layers_key, self.config.num_hidden_layers)
         return {**ends, "layers": jax.vmap(init_block)(keys)}
-
-    def init_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache with room for `length` tokens in each of `batch_size` rows."""
-        return empty_cache(self.config, batch_size, length)
 
     def forward(
         self,
@@ -110,23 +109,67 @@ class Model:
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """Hidden states after the final norm, and the cache with these tokens appended.
+        branch_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Hidden states after the final norm.
 
         Args:
             params: from `init`, a checkpoint, or a conversion.
             tokens: token ids.
-            positions: position of each token in its own document, from 0.
+            positions: position of each token in its own document, from 0; in a branch counted along
+                the trunk and the branch.
             segment_ids: document of each token, 0 for padding; tokens see their own document only.
-            cache: earlier tokens and their segment ids; the caller sees to room for T more.
+            branch_ids: branch of each token, 0 for the trunk that every branch of the document
+                continues; branches of a row are numbered from 1. All 0 by default.
         """
         x = Ends(self.config).apply({"params": _ends(params)}, tokens, method="embed")
-        if cache is None:
-            x = self._scan_blocks(params["layers"], x, positions, segment_ids)
-        else:
-            x, cache = self._unrolled_blocks(params["layers"], x, positions, segment_ids, cache)
-        return Ends(self.config).apply({"params": _ends(params)}, x, method="norm"), cache
+        x = self._scan_blocks(params["layers"], x, positions, segment_ids, branch_ids)
+        return Ends(self.config).apply({"params": _ends(params)}, x, method="norm"), None
+
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"],
+        segment_ids: Int[Array, "B S"],
+    ) -> tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
+        """Keys and values of all layers for rows of packed tokens; arguments as in `forward`."""
+        x = Ends(self.config).apply({"params": _ends(params)}, tokens, method="embed")
+        mix = _mix_rows(self.config, segment_ids, None)
+        block = Block(self.config)
+        body = lambda x, layer: block.apply({"params": layer}, x, positions, mix)
+        return jax.lax.scan(body, x, params["layers"])[1]
+
+    def decode(
+        self,
+        params: Params,
+        tokens: Int[Array, " R"],
+        *,
+        positions: Int[Array, " R"],
+        pages: Pages,
+        table: PageTable,
+        before: Int[Array, " R"],
+        boundary: Int[Array, " R"],
+    ) -> tuple[Float[Array, "R D"], Pages]:
+        """Hidden states of one more token of every row, and the pages with it.
+
+        Layers are unrolled, so that the pages of each are arrays of their own and are updated in
+        place; `table`, `before` and `boundary` are those of `attend_pages`.
+        """
+        x = Ends(self.config).apply({"params": _ends(params)}, tokens[:, None], method="embed")
+        block = Block(self.config)
+        own = []
+        for i in range(self.config.num_hidden_layers):
+            layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
+            mix = functools.partial(
+                attend_pages, layer=i, pages=pages, table=table, before=before, boundary=boundary
+            )
+            x, kept = block.apply({"params": layer}, x, positions[:, None], mix)
+            own.append(kept)
+        keys, values = zip(*own, strict=True)
+        x = Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
+        return x[:, 0], pages._replace(own_keys=keys, own_values=values)
 
     def unembed(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states; use `logprobs.py` to avoid the whole [B, T, V]."""
@@ -141,30 +184,19 @@ class Model:
         """The output head as a matrix; the transposed embedding when tied."""
         return (params["embedding"] if self.config.tie_word_embeddings else params["head"]).T
 
-    def _scan_blocks(self, layers, x, positions, segment_ids):
-        mask = attention_mask(segment_ids, segment_ids, 0)
+    def _scan_blocks(self, layers, x, positions, segment_ids, branch_ids):
+        mix = _mix_rows(self.config, segment_ids, branch_ids)
         block = Block(self.config)
 
         def body(x, layer):
-            return block.apply({"params": layer}, x, positions, mask)[0], None
+            return block.apply({"params": layer}, x, positions, mix)[0], None
 
         return jax.lax.scan(_remat(body, self.config.remat), x, layers)[0]
 
-    def _unrolled_blocks(self, layers, x, positions, segment_ids, cache: KVCache):
-        slot = cache.length
-        filled = jax.lax.dynamic_update_slice_in_dim(
-            cache.segment_ids, segment_ids.astype(jnp.int32), slot, axis=1
-        )
-        mask = attention_mask(segment_ids, filled, slot)
-        block = Block(self.config)
-        keys, values = [], []
-        for i in range(self.config.num_hidden_layers):
-            layer = jax.tree.map(lambda p, i=i: p[i], layers)
-            past = (cache.keys[i], cache.values[i])
-            x, (k, v) = block.apply({"params": layer}, x, positions, mask, past, slot)
-            keys.append(k)
-            values.append(v)
-        return x, KVCache(tuple(keys), tuple(values), filled, slot + segment_ids.shape[1])
+
+def _mix_rows(config: ModelConfig, segment_ids, branch_ids) -> Mix:
+    mix = row_attention(config, segment_ids, branch_ids)
+    return lambda q, k, v: (mix(q, k, v), (k, v))
 
 
 def _ends(params: Params) -> Params:

@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float
 from jaxrl_reason.errors import InputError, nearest
 
 RewardFunction = Callable[..., Sequence[float | None]]
+Scores = tuple[Float[np.ndarray, "B M"], Bool[np.ndarray, "B M"]]
+"""Rewards of B completions by M functions, and which apply."""
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -29,7 +31,8 @@ def score(
     completions: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
-) -> tuple[Float[np.ndarray, "B M"], Bool[np.ndarray, "B M"]]:
+    first: int | None = None,
+) -> Scores:
     """Every reward of every completion.
 
     Args:
@@ -38,6 +41,7 @@ def score(
         completions: text of each completion.
         completion_ids: its token ids, the stop token included.
         columns: further columns of the data set, one entry per completion.
+        first: number of the first completion in messages, where they are part of a batch.
 
     Returns:
         `(rewards, mask)`: 0 and false where a function returned None.
@@ -47,20 +51,29 @@ def score(
             finite number; the message names the reward and the row.
     """
     given = {"completion_ids": completion_ids, **columns}
-    returned: dict[str, Any] = {}
-    for name, function in functions.items():
-        try:
-            returned[name] = function(prompts, completions, **given)
-        except Exception as error:
-            for started in filter(inspect.iscoroutine, returned.values()):
-                started.close()
-            raise InputError(f"reward {name!r} raised {type(error).__name__}: {error}") from error
-    returned = _await(returned)
-    rewards = np.zeros((len(completions), len(functions)), np.float32)
-    mask = np.zeros(rewards.shape, bool)
-    for m, (name, values) in enumerate(returned.items()):
-        rewards[:, m], mask[:, m] = _checked(name, values, len(completions))
-    return rewards, mask
+    where = _where(len(completions), first)
+    returned = _call(functions, prompts, completions, given, where)
+    if any(map(inspect.isawaitable, returned.values())):
+        # In a thread of its own: a notebook's has a loop running already.
+        with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+            returned = thread.submit(asyncio.run, _gather(returned, where)).result()
+    return _collected(returned, len(completions), first or 0)
+
+
+async def score_async(
+    functions: Mapping[str, RewardFunction],
+    *,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+    first: int | None = None,
+) -> Scores:
+    """`score` for a program that has an event loop, whose other tasks go on meanwhile."""
+    given = {"completion_ids": completion_ids, **columns}
+    where = _where(len(completions), first)
+    returned = await _gather(_call(functions, prompts, completions, given, where), where)
+    return _collected(returned, len(completions), first or 0)
 
 
 def load_function(where: str) -> RewardFunction:
@@ -86,25 +99,54 @@ def load_function(where: str) -> RewardFunction:
     return vars(module)[name]
 
 
-def _await(returned: dict[str, Any]) -> dict[str, Any]:
-    waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
-    if not waiting:
-        return returned
-
-    async def gather():
-        return await asyncio.gather(*waiting.values(), return_exceptions=True)
-
-    # In a thread of its own: a notebook's has a loop running already.
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
-        results = thread.submit(asyncio.run, gather()).result()
-    for name, value in zip(waiting, results, strict=True):
-        if isinstance(value, BaseException):
-            raise InputError(f"reward {name!r} raised {type(value).__name__}: {value}") from value
-        returned[name] = value
+def _call(
+    functions: Mapping[str, RewardFunction],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    given: Mapping[str, Sequence[Any]],
+    where: str,
+) -> dict[str, Any]:
+    returned: dict[str, Any] = {}
+    for name, function in functions.items():
+        try:
+            returned[name] = function(prompts, completions, **given)
+        except Exception as error:
+            for started in filter(inspect.iscoroutine, returned.values()):
+                started.close()
+            raise _raised(name, error, where) from error
     return returned
 
 
-def _checked(name: str, values: Any, count: int) -> tuple[np.ndarray, np.ndarray]:
+async def _gather(returned: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What functions returned, with the results of the async ones, in the same order."""
+    waiting = {name: value for name, value in returned.items() if inspect.isawaitable(value)}
+    results = await asyncio.gather(*waiting.values(), return_exceptions=True)
+    for name, value in zip(waiting, results, strict=True):
+        if isinstance(value, BaseException):
+            raise _raised(name, value, where) from value
+    return {**returned, **dict(zip(waiting, results, strict=True))}
+
+
+def _raised(name: str, error: BaseException, where: str) -> InputError:
+    return InputError(f"reward {name!r} raised {type(error).__name__}{where}: {error}")
+
+
+def _where(count: int, first: int | None) -> str:
+    if first is None:
+        return ""
+    last = first + count - 1
+    return f" for completion {first}" if count == 1 else f" for completions {first} to {last}"
+
+
+def _collected(returned: Mapping[str, Any], count: int, first: int) -> Scores:
+    rewards = np.zeros((count, len(returned)), np.float32)
+    mask = np.zeros(rewards.shape, bool)
+    for m, (name, values) in enumerate(returned.items()):
+        rewards[:, m], mask[:, m] = _checked(name, values, count, first)
+    return rewards, mask
+
+
+def _checked(name: str, values: Any, count: int, first: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         values = list(values)
     except TypeError as error:
@@ -127,8 +169,8 @@ def _checked(name: str, values: Any, count: int) -> tuple[np.ndarray, np.ndarray
             number = math.nan
         if not abs(number) <= _LARGEST:
             raise InputError(
-                f"reward {name!r} returned {value!r} for completion {row}; return a finite number, "
-                "or None where the reward does not apply"
+                f"reward {name!r} returned {value!r} for completion {first + row}; return a finite "
+                "number, or None where the reward does not apply"
             )
         rewards[row], mask[row] = number, True
     return rewards, mask

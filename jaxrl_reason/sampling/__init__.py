@@ -1,6 +1,9 @@
-"""Sampling completions: truncation and drawing, prefill and decode, rollouts on the host."""
+"""Sampling completions: truncation and drawing, decoding, continuous batching, rollouts."""
 
+from jaxrl_reason.sampling.engine import Engine
 from jaxrl_reason.sampling.filters import SamplingConfig
-from jaxrl_reason.sampling.rollout import Rollout, Sampler
+from jaxrl_reason.sampling.requests import Completion, Request
+from jaxrl_reason.sampling.rollout import Rollout, sample
+from jaxrl_reason.sampling.session import Session
 
-__all__ = ["Rollout", "Sampler", "SamplingConfig"]
+__all__ = ["Completion", "Engine", "Request", "Rollout", "SamplingConfig", "Session", "sample"]

@@ -1,136 +1,157 @@
-"""Prefill and decoding as pure functions of (params, prompts, keys).
+"""What runs on the device while sampling: many decode steps in one dispatch, and prefill.
 
-Prompts lie right-padded in slots 0..P-1 of the cache; completion token t of every row lies in slot
-P + t, whatever the prompt's own length, so that one scalar slot serves the whole batch. Positions
-count real tokens only. The draws of a row depend on its key and the token's index, not on its
-neighbours.
+The host knows every row (`Rows`, `PageTable`) and sends both with each dispatch; the device keeps
+the pages of keys and values and nothing else. A row enters a step with its last token not yet in
+the pages: the step writes it, and draws the next one.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_reason.models import KVCache, Model, Params, repeat_cache
+from jaxrl_reason.models import Model, Pages, PageTable, Params, write_contexts
 from jaxrl_reason.sampling.filters import SamplingConfig, draw
 
 
-class DecodeState(NamedTuple):
-    """Rows being completed. C is the longest completion that was asked for."""
+class Rows(NamedTuple):
+    """Completions in flight; a row that is not live is computed and ignored."""
 
-    cache: KVCache
-    logits: Float[Array, "B V"]
-    """Logits of the next token."""
-    prompt_lengths: Int[Array, " B"]
-    tokens: Int[Array, "B C"]
-    """Completion tokens so far, the stop token included; `pad_id` beyond."""
-    logprobs: Float[Array, "B C"]
-    """log q(token) under the sampling distribution."""
-    kept_logmass: Float[Array, "B C"]
-    """Log of the probability mass that truncation kept."""
-    done: Bool[Array, " B"]
-    """A stop token was drawn."""
-    num_tokens: Int[Array, ""]
-    """Tokens drawn so far, the same for all rows."""
+    tokens: Int[Array, " R"]
+    """Last token, not yet in the pages."""
+    positions: Int[Array, " R"]
+    """Its position, prompt and completion counted together."""
+    before: Int[Array, " R"]
+    """Own tokens already in the pages."""
+    boundary: Int[Array, " R"]
+    """Own tokens before the page that is being written."""
+    ids: Int[Array, " R"]
+    """Number of the prompt."""
+    indices: Int[Array, " R"]
+    """Number of the completion."""
+    drawn: Int[Array, " R"]
+    """Number of the next token in its completion."""
+    remaining: Int[Array, " R"]
+    """Tokens that may still be drawn."""
+    live: Bool[Array, " R"]
+
+
+class LogitBias(NamedTuple):
+    """Added to the logits; a token id past the vocabulary stands for none."""
+
+    tokens: Int[Array, "R J"]
+    values: Float[Array, "R J"]
+
+
+class Dispatch(NamedTuple):
+    """What the host sends along for some steps."""
+
+    rows: Rows
+    table: PageTable
+    """It has room for the tokens of all the steps."""
+    bias: LogitBias | None
+    key: Key[Array, ""]
+    """A draw is a function of (key, id, index, token number)."""
+    steps: Int[Array, ""]
+    enough: Int[Array, ""]
+    """The steps end when this many rows or fewer are live, so that the host can act."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """What is fixed in a compiled program."""
+
+    most_steps: int
+    """Size S of `Drawn`."""
+    sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    """A completion ends with any of them."""
+
+
+class Drawn(NamedTuple):
+    """Tokens of one dispatch."""
+
+    tokens: Int[Array, "R S"]
+    logprobs: Float[Array, "R S"]
+    kept_logmass: Float[Array, "R S"]
+    counts: Int[Array, " R"]
+    """How many of a row's are real."""
+    steps: Int[Array, ""]
+    """Steps that were run."""
+
+
+def decode(
+    model: Model, options: DecodeOptions, params: Params, pages: Pages, dispatch: Dispatch
+) -> tuple[Drawn, Pages]:
+    """Up to `dispatch.steps` tokens for every live row, and the pages with them."""
+    rows, table, bias = dispatch.rows, dispatch.table, dispatch.bias
+    count = rows.tokens.shape[0]
+    uniforms = _uniforms(dispatch.key, rows, options.most_steps)
+    empty = jnp.zeros((count, options.most_steps), jnp.float32)
+    start = Drawn(
+        empty.astype(jnp.int32), empty, empty, jnp.zeros(count, jnp.int32), jnp.zeros((), jnp.int32)
+    )
+
+    def unfinished(carry):
+        drawn, _, _, live = carry
+        busy = jnp.sum(live.astype(jnp.int32)) > dispatch.enough
+        return (drawn.steps < dispatch.steps) & busy
+
+    def one(carry):
+        drawn, last, pages, live = carry
+        t = drawn.steps
+        hidden, pages = model.decode(
+            params,
+            last,
+            positions=rows.positions + t,
+            pages=pages,
+            table=table,
+            before=rows.before + t,
+            boundary=rows.boundary,
+        )
+        logits = model.unembed(params, hidden)
+        if bias is not None:
+            at = jnp.arange(count, dtype=jnp.int32)[:, None]
+            logits = logits.at[at, bias.tokens].add(bias.values, mode="drop")
+        u = jax.lax.dynamic_index_in_dim(uniforms, t, axis=1, keepdims=False)
+        tokens, logprobs, kept_logmass = draw(logits, u, options.sampling)
+        put = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new[:, None], t, axis=1)
+        drawn = Drawn(
+            put(drawn.tokens, tokens),
+            put(drawn.logprobs, logprobs),
+            put(drawn.kept_logmass, kept_logmass),
+            drawn.counts + live.astype(jnp.int32),
+            t + 1,
+        )
+        stops = jnp.isin(tokens, jnp.asarray(options.stop_ids, jnp.int32))
+        return drawn, tokens, pages, live & ~stops & (t + 1 < rows.remaining)
+
+    drawn, _, pages, _ = jax.lax.while_loop(unfinished, one, (start, rows.tokens, pages, rows.live))
+    return drawn, pages
 
 
 def prefill(
     model: Model,
     params: Params,
-    prompts: Int[Array, "P S"],
-    prompt_mask: Bool[Array, "P S"],
-    *,
-    num_generations: int,
-    max_completion_length: int,
-    pad_id: int,
-) -> DecodeState:
-    """Run right-padded prompts once and make `num_generations` consecutive rows of each."""
-    num_prompts, length = prompts.shape
-    lengths = jnp.sum(prompt_mask.astype(jnp.int32), axis=-1)
-    cache = model.init_cache(num_prompts, length + max_completion_length)
-    positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], prompts.shape)
-    hidden, cache = model.forward(
-        params,
-        prompts,
-        positions=positions,
-        segment_ids=prompt_mask.astype(jnp.int32),
-        cache=cache,
-    )
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    repeat = lambda x: jnp.repeat(x, num_generations, axis=0)
-    rows = num_prompts * num_generations
-    zeros = jnp.zeros((rows, max_completion_length), jnp.float32)
-    return DecodeState(
-        cache=repeat_cache(cache, num_generations),
-        logits=repeat(model.unembed(params, last)),
-        prompt_lengths=repeat(lengths),
-        tokens=jnp.full((rows, max_completion_length), pad_id, jnp.int32),
-        logprobs=zeros,
-        kept_logmass=zeros,
-        done=jnp.zeros((rows,), bool),
-        num_tokens=jnp.zeros((), jnp.int32),
-    )
+    pages: Pages,
+    tokens: Int[Array, "B S"],
+    positions: Int[Array, "B S"],
+    segment_ids: Int[Array, "B S"],
+    places: Int[Array, " P"],
+) -> Pages:
+    """Write contexts, packed into rows and each beginning on a page boundary, into their pages."""
+    keys, values = model.prefill(params, tokens, positions=positions, segment_ids=segment_ids)
+    return write_contexts(pages, keys, values, places)
 
 
-def decode(
-    model: Model,
-    params: Params,
-    state: DecodeState,
-    row_keys: Key[Array, " B"],
-    *,
-    steps: int,
-    sampling: SamplingConfig,
-    stop_ids: tuple[int, ...],
-    pad_id: int,
-) -> DecodeState:
-    """Up to `steps` more tokens for every row; stops early when all rows are done or full."""
-    limit = jnp.minimum(state.num_tokens + steps, state.tokens.shape[1])
-    uniforms = _uniforms(row_keys, state.num_tokens, steps)
-    start = state.num_tokens
+def _uniforms(key: Array, rows: Rows, steps: int) -> Float[Array, "R S"]:
+    """One number in [0, 1) for each token of each row."""
 
-    def unfinished(state: DecodeState):
-        return (state.num_tokens < limit) & ~jnp.all(state.done)
+    def of_row(number, index, first):
+        row_key = jax.random.fold_in(jax.random.fold_in(key, number), index)
+        at = first + jnp.arange(steps, dtype=jnp.int32)
+        return jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(row_key, t)))(at)
 
-    def body(state: DecodeState):
-        t = state.num_tokens
-        u = jax.lax.dynamic_index_in_dim(uniforms, t - start, axis=1, keepdims=False)
-        drawn, logprobs, kept_logmass = draw(state.logits, u, sampling)
-        live = ~state.done
-        tokens = jnp.where(live, drawn, pad_id)
-        stops = jnp.isin(tokens, jnp.asarray(stop_ids, jnp.int32)) & live
-        hidden, cache = model.forward(
-            params,
-            tokens[:, None],
-            positions=(state.prompt_lengths + t)[:, None],
-            segment_ids=live.astype(jnp.int32)[:, None],
-            cache=state.cache,
-        )
-        return DecodeState(
-            cache=cache,
-            logits=model.unembed(params, hidden[:, 0]),
-            prompt_lengths=state.prompt_lengths,
-            tokens=_write(state.tokens, tokens, t),
-            logprobs=_write(state.logprobs, jnp.where(live, logprobs, 0), t),
-            kept_logmass=_write(state.kept_logmass, jnp.where(live, kept_logmass, 0), t),
-            done=state.done | stops,
-            num_tokens=t + 1,
-        )
-
-    return jax.lax.while_loop(unfinished, body, state)
-
-
-def _uniforms(row_keys: Array, start: Array, steps: int) -> Float[Array, "B steps"]:
-    """One number in [0, 1) for every row and step, a function of the row's key and the index."""
-    at = start + jnp.arange(steps)
-
-    def of_row(key):
-        return jax.vmap(lambda t: jax.random.uniform(jax.random.fold_in(key, t)))(at)
-
-    return jax.vmap(of_row)(row_keys)
-
-
-def _write(array: Array, column: Array, index: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(
-        array, column[:, None].astype(array.dtype), index, axis=1
-    )
+    return jax.vmap(of_row)(rows.ids, rows.indices, rows.drawn)

@@ -11,6 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_reason.sampling.tree import Value, first_where, invert_cdf, row_totals
+
+FLOOR = -87.0
+"""Tokens whose logits lie further below the highest have probability 0; exp of less underflows."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
@@ -34,34 +39,48 @@ class SamplingConfig:
             raise ValueError(f"top_p={self.top_p} must lie in (0, 1]")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} must lie in [0, 1]")
-        truncates = self.top_k is not None or self.top_p < 1 or self.min_p > 0
-        if self.temperature == 0 and truncates:
+        if self.temperature == 0 and self.truncates:
             raise ValueError(
                 "temperature=0 takes the most likely token, so top_k, top_p and min_p cannot act; "
                 "remove them or raise the temperature"
             )
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens may be left out."""
+        return self.top_k is not None or self.top_p < 1 or self.min_p > 0
+
 
 def kept_tokens(probabilities: Float[Array, "B V"], config: SamplingConfig) -> Bool[Array, "B V"]:
     """True for tokens that survive top-k, then top-p of what is left, then min-p.
 
-    The most likely token always survives. The order is that of Hugging Face's processors.
+    The most likely token always survives, and one of probability 0 never does. The order is that of
+    Hugging Face's processors. Tokens as likely as the last one kept are kept.
     """
-    kept = jnp.ones(probabilities.shape, bool)
-    vocab_size = probabilities.shape[-1]
-    if config.top_k is not None and config.top_k < vocab_size:
-        kth = jax.lax.top_k(probabilities, config.top_k)[0][:, -1:]
-        kept &= probabilities >= kth
+    highest = jnp.max(probabilities, axis=-1, keepdims=True)
+    return probabilities >= smallest_kept(probabilities, highest, config)
+
+
+def smallest_kept(
+    weights: Float[Array, "B V"], highest: Float[Array, "B 1"], config: SamplingConfig
+) -> Float[Array, "B 1"]:
+    """The bound that kept weights reach and others do not, for weights p / c with `highest` <= 1.
+
+    A token is kept by top-k if fewer than k are more likely, and by top-p if those that are more
+    likely have less than `top_p` of the mass that top-k left. Both counts fall as the bound rises,
+    so that bisection finds the lowest bound without sorting. The mass is summed in float32: the
+    choice can differ from an exact sum's only for a token at which the cumulative probability
+    comes within 1e-6 of `top_p`.
+    """
+    bound = jnp.full_like(highest, jnp.finfo(jnp.float32).tiny)
+    if config.top_k is not None and config.top_k < weights.shape[-1]:
+        bound = _lowest_bound(weights, jnp.ones_like, bound, highest, float(config.top_k))
     if config.top_p < 1:
-        left = jnp.where(kept, probabilities, 0)
-        descending = -jnp.sort(-left, axis=-1)
-        before = jnp.cumsum(descending, axis=-1) - descending
-        inside = before < config.top_p * jnp.sum(left, axis=-1, keepdims=True)
-        smallest = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
-        kept &= left >= smallest
+        left = row_totals(weights, lambda w: jnp.where(w >= bound, w, 0))
+        bound = _lowest_bound(weights, lambda w: w, bound, highest, config.top_p * left)
     if config.min_p > 0:
-        kept &= probabilities >= config.min_p * jnp.max(probabilities, axis=-1, keepdims=True)
-    return kept
+        bound = jnp.maximum(bound, config.min_p * highest)
+    return bound
 
 
 def draw(
@@ -69,7 +88,8 @@ def draw(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
     """One token per row by inverting the cumulative distribution at a uniform number in [0, 1).
 
-    One number per row, where the Gumbel trick draws one per vocabulary entry.
+    One number per row, where the Gumbel trick draws one per vocabulary entry. What a row yields is
+    the same in any batch. A row without a finite highest logit yields NaN log-probs.
 
     Returns:
         `(tokens, logprobs, kept_logmass)`: log q(token) under the truncated, renormalised
@@ -77,26 +97,49 @@ def draw(
         decoding is the point mass: log q = 0 and the kept mass is p(token) at temperature 1.
     """
     logits = logits.astype(jnp.float32)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    scaled = lambda x: (x - highest) / (config.temperature or 1.0)
+
+    def weight(x: Array) -> Array:
+        """p(token) relative to that of the most likely one."""
+        return jnp.where(scaled(x) < FLOOR, 0, jnp.exp(scaled(x)))
+
     if config.temperature == 0:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return tokens, jnp.zeros(tokens.shape, jnp.float32), _pick(_log_softmax(logits), tokens)
-    log_p = _log_softmax(logits / config.temperature)
-    p = jnp.exp(log_p)
-    kept = kept_tokens(p, config)
-    cumulative = jnp.cumsum(jnp.where(kept, p, 0), axis=-1)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    tokens = jnp.sum((cumulative <= target).astype(jnp.int32), axis=-1)
-    # Rounding can put the target on the total; the last kept token is then the right one.
-    last = p.shape[-1] - 1 - jnp.argmax(kept[:, ::-1], axis=-1).astype(jnp.int32)
-    tokens = jnp.minimum(tokens, last)
-    truncates = config.top_k is not None or config.top_p < 1 or config.min_p > 0
-    log_mass = jnp.log(cumulative[:, -1]) if truncates else jnp.zeros(tokens.shape, jnp.float32)
-    return tokens, _pick(log_p, tokens) - log_mass, log_mass
+        tokens = first_where(logits, lambda x: x == highest)[:, 0]
+        tokens = jnp.minimum(tokens, logits.shape[-1] - 1)
+        zeros = jnp.zeros(tokens.shape, jnp.float32)
+        return tokens, zeros, -jnp.log(row_totals(logits, weight)[:, 0])
+    if config.truncates:
+        weights = weight(logits)
+        bound = smallest_kept(weights, jnp.ones_like(highest), config)
+        tokens, mass = invert_cdf(weights, lambda w: jnp.where(w >= bound, w, 0), uniforms)
+        log_kept = jnp.log(mass) - jnp.log(row_totals(weights, lambda w: w)[:, 0])
+    else:
+        tokens, mass = invert_cdf(logits, weight, uniforms)
+        log_kept = jnp.zeros(tokens.shape, jnp.float32)
+    log_weight = scaled(jnp.take_along_axis(logits, tokens[:, None], axis=-1))[:, 0]
+    return tokens, log_weight - jnp.log(mass), log_kept
 
 
-def _log_softmax(logits: Array) -> Array:
-    return jax.nn.log_softmax(logits, axis=-1)
+def _lowest_bound(
+    weights: Float[Array, "B V"],
+    value: Value,
+    low: Float[Array, "B 1"],
+    high: Float[Array, "B 1"],
+    limit: Float[Array, "B 1"] | float,
+) -> Float[Array, "B 1"]:
+    """The lowest float32 in [low, high] such that the `value` of all greater weights is < `limit`.
 
+    Non-negative floats are ordered as their bit patterns, and those up to 1 are below 2^30.
+    """
+    bits = lambda x: jax.lax.bitcast_convert_type(x, jnp.int32)
+    number = lambda x: jax.lax.bitcast_convert_type(x, jnp.float32)
 
-def _pick(values: Array, tokens: Array) -> Array:
-    return jnp.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
+    def halve(_, bracket):
+        low, high = bracket
+        middle = high - (high - low) // 2
+        bound = number(middle)
+        enough = row_totals(weights, lambda w: jnp.where(w > bound, value(w), 0)) < limit
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    return number(jax.lax.fori_loop(0, 30, halve, (bits(low) - 1, bits(high)))[1])

@@ -11,15 +11,13 @@ from jaxrl_reason.config import Config, validate
 from jaxrl_reason.models import PRESETS, ModelConfig, preset
 from jaxrl_reason.sampling import SamplingConfig
 from jaxrl_reason.sharding import MeshConfig
-from jaxrl_reason.stages.stage_config import (
-    DPOConfig,
-    PolicyConfig,
-    Positive,
-    SampledPairs,
-    Seed,
-    StageConfig,
-)
+from jaxrl_reason.stages.policy_config import GRPOConfig, MORLConfig, PolicyConfig
+from jaxrl_reason.stages.stage_config import DPOConfig, Positive, SampledPairs, Seed, SFTConfig
 from jaxrl_reason.tasks import make_task
+
+StageConfig = Annotated[
+    SFTConfig | DPOConfig | GRPOConfig | MORLConfig, Field(discriminator="kind")
+]
 
 
 class ModelChoice(Config):

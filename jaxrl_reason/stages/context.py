@@ -23,7 +23,7 @@ from jaxrl_reason.data.tokenizer import (
 )
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, Params
-from jaxrl_reason.sampling import Sampler, SamplingConfig
+from jaxrl_reason.sampling import Engine, SamplingConfig
 from jaxrl_reason.sharding import batch_multiple, make_mesh, tree_shardings
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.stage_config import Training
@@ -94,17 +94,33 @@ class Context:
         init = jax.jit(self.model.init, out_shardings=self.params_shardings)
         return init(jax.random.fold_in(jax.random.key(self.config.seed), _number("init")))
 
-    def sampler(self, sampling: SamplingConfig, max_completion_length: int) -> Sampler:
-        """A sampler of this run's model."""
-        return Sampler(
+    def engine(
+        self,
+        sampling: SamplingConfig,
+        max_completion_length: int,
+        *,
+        max_rows: int,
+        group_size: int = 1,
+    ) -> Engine:
+        """What samples from this run's model.
+
+        Args:
+            sampling: how tokens are drawn.
+            max_completion_length: in tokens.
+            max_rows: completions in flight at once.
+            group_size: completions of a prompt that are asked for together.
+        """
+        return Engine(
             model=self.model,
             mesh=self.mesh,
             sampling=sampling,
             stop_ids=(self.tokenizer.eos_token_id,),
-            pad_id=self.tokenizer.pad_token_id,
             max_prompt_length=self.config.max_prompt_length,
             max_completion_length=max_completion_length,
+            max_rows=max_rows,
+            group_size=group_size,
             steps_per_dispatch=self.config.steps_per_dispatch,
+            detokenize=functools.partial(decode_completion, self.tokenizer),
         )
 
     def encode(self, prompt: str, completion: str) -> Example:

@@ -16,10 +16,11 @@ from jaxrl_reason.data.batching import Example, fill_rows, microbatches, step_in
 from jaxrl_reason.data.records import load_records, write_jsonl
 from jaxrl_reason.data.tokenizer import render_prompt
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.sharding import batch_multiple, place_batch
+from jaxrl_reason.sampling import sample
+from jaxrl_reason.sharding import batch_multiple, on_mesh, place_batch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.stage_config import DPOConfig, FileData
-from jaxrl_reason.stages.training import StepResult, compile_step, train
+from jaxrl_reason.stages.training import StepResult, compile_step, resume, train
 from jaxrl_reason.steps import (
     Optimizer,
     Step,
@@ -56,10 +57,14 @@ def run_dpo(stage: Stage) -> None:
             batch["ref_logprobs"] = reference[chosen]
         cut = microbatches(batch, count)
         state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
-        return StepResult(state, [metrics], {}, num_tokens, int(batch["completion_mask"].sum()))
+        counted = int(batch["completion_mask"].sum())
+        told = {"padding_share": 1 - num_tokens / batch["tokens"].size}
+        return StepResult(state, [metrics], told, num_tokens, counted, cut["tokens"].shape)
 
     show = ("loss", "rewards/accuracies", "rewards/margins")
-    train(stage, optimizer, one_step, show=show, data_hash=hash_json(pairs))
+    data_hash = hash_json(pairs)
+    begin = resume(stage, optimizer, data_hash=data_hash)
+    train(stage, begin, one_step, show=show, data_hash=data_hash)
 
 
 def preference_update(stage: Stage, optimizer: Optimizer) -> Step:
@@ -115,6 +120,9 @@ def encode_pair(stage: Stage, row: dict[str, Any]) -> Pair:
     return chosen, rejected
 
 
+_ROWS = 512  # completions sampled at once
+
+
 def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
     """Rows of prompt, chosen and rejected, text and ids, from the parent's own completions.
 
@@ -124,12 +132,19 @@ def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
     config: DPOConfig = stage.config
     context, data = stage.context, config.data
     problems = stage.problems(0, data.num_prompts)
-    sampler = context.sampler(data.sampling, config.max_length - context.config.max_prompt_length)
-    rollout = sampler.sample(
+    engine = context.engine(
+        data.sampling,
+        config.max_length - context.config.max_prompt_length,
+        max_rows=min(_ROWS, data.num_prompts * data.num_generations),
+        group_size=data.num_generations,
+    )
+    rollout = sample(
+        engine,
         stage.parent_params(),
         context.encode_prompts(problems),
         stage.key(0),
         num_generations=data.num_generations,
+        pad_id=context.tokenizer.pad_token_id,
     )
     completions = rollout.completions()
     texts = context.decode(completions)
@@ -168,11 +183,12 @@ def reference_logprobs(stage: Stage, pairs: list[Pair], length: int) -> np.ndarr
     context = stage.context
     params = stage.parent_params()
 
-    @jax.jit
-    def compute(params, batch):
+    def sums(params, batch):
         return pair_logprobs(
             context.model, params, batch, logprob_chunk_size=config.logprob_chunk_size
         )[0]
+
+    compute = on_mesh(jax.jit(sums), context.mesh)
 
     size = max(
         config.batch_size // config.gradient_accumulation_steps, batch_multiple(context.mesh)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrl_reason.data.records import write_jsonl
 from jaxrl_reason.models import Params
+from jaxrl_reason.sampling import sample
 from jaxrl_reason.stages.config import EvaluationConfig
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.tasks import Problem
@@ -29,23 +30,25 @@ def evaluate(
         accuracy by difficulty, ...) and one row a problem with prompt, completion and verdict.
     """
     problems = [context.task.generate("test", i) for i in range(config.problems)]
-    sampler = context.sampler(config.sampling, config.max_completion_length)
-    base = jax.random.fold_in(jax.random.key(context.config.seed), _KEY)
-    rows = []
-    for start in range(0, len(problems), config.batch_size):
-        part = problems[start : start + config.batch_size]
-        rollout = sampler.sample(
-            params,
-            context.encode_prompts(part),
-            jax.random.fold_in(base, start),
-            num_generations=1,
-            batch_prompts=min(config.batch_size, len(problems)),
-        )
-        texts = context.decode(rollout.completions())
+    engine = context.engine(
+        config.sampling,
+        config.max_completion_length,
+        max_rows=min(config.batch_size, config.problems),
+    )
+    rollout = sample(
+        engine,
+        params,
+        context.encode_prompts(problems),
+        jax.random.fold_in(jax.random.key(context.config.seed), _KEY),
+        pad_id=context.tokenizer.pad_token_id,
+    )
+    texts = context.decode(rollout.completions())
+    rows = [
+        _row(context, problem, text, int(length), bool(finished))
         for problem, text, length, finished in zip(
-            part, texts, rollout.lengths, rollout.finished, strict=True
-        ):
-            rows.append(_row(context, problem, text, int(length), bool(finished)))
+            problems, texts, rollout.lengths, rollout.finished, strict=True
+        )
+    ]
     return summarize(rows), rows
 
 

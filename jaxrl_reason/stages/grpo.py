@@ -15,31 +15,27 @@ run. `beta` is 0 by default, and the KL gradient is that of the k3 estimate. Com
 are packed into rows, which changes no value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrl_reason.metrics import Stopwatch
 from jaxrl_reason.objectives import weighted_sum_advantages
-from jaxrl_reason.stages.completions import (
-    PolicyRows,
-    Scored,
-    completion_metrics,
-    reward_functions,
-    score_completions,
-)
+from jaxrl_reason.stages.breakdown import Times
 from jaxrl_reason.stages.context import Stage
-from jaxrl_reason.stages.stage_config import GRPOConfig, PolicyConfig, reward_weights
-from jaxrl_reason.stages.training import StepResult, compile_step, train
+from jaxrl_reason.stages.other_logprobs import OtherLogprobs
+from jaxrl_reason.stages.policy_config import GRPOConfig, PolicyConfig, reward_weights
+from jaxrl_reason.stages.policy_rows import PolicyRows, may_drop
+from jaxrl_reason.stages.rollouts import open_rollouts
+from jaxrl_reason.stages.scoring import Scored
+from jaxrl_reason.stages.training import StepResult, compile_step, resume, train
 from jaxrl_reason.steps import (
     Optimizer,
     PolicyObjective,
     Step,
     make_optimizer,
     make_policy_step,
-    model_logprobs,
 )
 
 AdvantagesOf = Callable[[Scored], tuple[np.ndarray, dict[str, Any]]]
@@ -70,50 +66,52 @@ def run_grpo(stage: Stage) -> None:
 def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
     """The loop above, for any way of turning rewards into advantages."""
     config: PolicyConfig = stage.config
-    context = stage.context
-    sampler = context.sampler(config.sampling, config.max_completion_length)
-    functions = reward_functions(config)
-    rows = PolicyRows(stage)
     optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations)
+    begin = resume(stage, optimizer, data_hash=stage.context.root_hash)
     update = policy_update(stage, optimizer)
-    reference = _reference(stage) if config.beta > 0 else None
+    rows = policy_rows(stage)
+    others = OtherLogprobs(stage, begin.meta.get("mismatch"))
+    with open_rollouts(stage, begin) as rollouts:
 
-    def one_step(state, step):
-        seconds: dict[str, float] = {}
-        problems = stage.problems(step * config.prompts_per_step, config.prompts_per_step)
-        with Stopwatch(seconds, "time/rollout"):
-            rollout = sampler.sample(
-                state.params,
-                context.encode_prompts(problems),
-                stage.key(step),
-                num_generations=config.num_generations,
-            )
-        with Stopwatch(seconds, "time/rewards"):
-            texts = context.decode(rollout.completions())
-            scored = score_completions(stage, functions, problems, texts, rollout)
-            advantages, how = advantages_of(scored)
-        with Stopwatch(seconds, "time/update"):
-            batch = rows.place(rollout, advantages)
-            if reference is not None:
-                batch["ref_logprobs"] = reference(batch)
+        def one_step(state, step):
+            times = Times()
+            batch = rollouts.next(state.params, step, times)
+            advantages, how = advantages_of(batch.scored)
+            with times.phase("update"):
+                placed, packing = rows.place(batch.rollout, advantages, batch.counts)
+            with times.phase("logprobs"):
+                placed, weights = others.add(state.params, placed)
             updates = []
-            for _ in range(config.num_iterations):
-                state, metrics = update(state, batch)
-                updates.append(metrics)
-            updates = jax.device_get(updates)
-        metrics = {**how, **completion_metrics(config, scored, rollout), **seconds}
-        num_tokens = int(rollout.lengths.sum())
-        return StepResult(state, updates, metrics, num_tokens, num_tokens, advantages)
+            with times.phase("update"):
+                for _ in range(config.num_iterations):
+                    state, metrics = update(state, placed)
+                    updates.append(metrics)
+                updates = jax.device_get(updates)
+            times.count("update", config.num_iterations * int(packing["tokens"]))
+            others.look(step + 1, updates[0], is_stale=batch.is_stale)
+            metrics = how | batch.metrics | weights | _shares(packing) | times.metrics()
+            return StepResult(
+                state,
+                updates,
+                metrics,
+                num_tokens=batch.num_tokens,
+                counted_tokens=batch.counted_tokens,
+                shape=placed["tokens"].shape,
+                advantages=advantages,
+            )
 
-    show = ("reward", "rewards/accuracy/mean", "completions/mean_length")
-    train(
-        stage,
-        optimizer,
-        one_step,
-        show=show,
-        data_hash=stage.context.root_hash,
-        updates_per_step=config.num_iterations,
-    )
+        train(
+            stage,
+            begin,
+            one_step,
+            show=("reward", "rewards/accuracy/mean", "completions/mean_length"),
+            data_hash=stage.context.root_hash,
+            updates_per_step=config.num_iterations,
+            more_meta=lambda done: {
+                "cursor": {"step": done, **rollouts.state()},
+                "mismatch": others.state(),
+            },
+        )
 
 
 def policy_update(stage: Stage, optimizer: Optimizer) -> Step:
@@ -132,23 +130,23 @@ def policy_update(stage: Stage, optimizer: Optimizer) -> Step:
     return compile_step(stage, step, optimizer)
 
 
-def _reference(stage: Stage):
-    """Log-probs under the parent, as a function of a placed batch."""
-    context, config = stage.context, stage.config
-    params = stage.parent_params()
+def policy_rows(stage: Stage) -> PolicyRows:
+    """What packs the completions of a stage."""
+    config: PolicyConfig = stage.config
+    context = stage.context
+    return PolicyRows(
+        mesh=context.mesh,
+        pad_id=context.tokenizer.pad_token_id,
+        max_prompt_length=context.config.max_prompt_length,
+        max_completion_length=config.max_completion_length,
+        completions=config.prompts_per_step * config.num_generations,
+        num_generations=config.num_generations,
+        row_length=config.row_length,
+        microbatch_tokens=config.microbatch_tokens,
+        drop=may_drop(config.loss_type, beta=config.beta),
+    )
 
-    @jax.jit
-    def logprobs(params, batch):
-        one = lambda rows: model_logprobs(
-            context.model,
-            params,
-            rows["tokens"],
-            positions=rows["positions"],
-            segment_ids=rows["segment_ids"],
-            temperature=config.sampling.temperature,
-            chunk_size=config.logprob_chunk_size,
-        )[0]
-        return jax.lax.map(one, batch)
 
-    names = ("tokens", "positions", "segment_ids")
-    return lambda batch: logprobs(params, {name: batch[name] for name in names})
+def _shares(packing: Mapping[str, float]) -> dict[str, float]:
+    names = ("padding_share", "dropped_completions", "dropped_groups")
+    return {name: packing[name] for name in names}

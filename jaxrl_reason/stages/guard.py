@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_reason.stages.stage_config import PolicyConfig, Training
+from jaxrl_reason.stages.policy_config import PolicyConfig
+from jaxrl_reason.stages.stage_config import Training
 
 LARGEST_OUTSIDE_SHARE = 0.05
 """Share of tokens with a ratio outside [0.5, 2] from which an update is called off-policy."""
@@ -40,6 +41,8 @@ class Guard:
             kinds += ["unit_ratio"] if policy.num_iterations > 1 else []
         saved = saved or {"counts": {}, "steps_without_advantage": 0}
         self._stage = stage
+        ahead = policy is not None and policy.max_staleness > 0
+        self._first_is_off = _MOVED_SINCE if ahead else _DISAGREE
         self._guard_steps = 0 if policy is None else policy.guard_steps
         self._counts = {kind: saved["counts"].get(kind, 0) for kind in kinds}
         self._steps_without_advantage = saved["steps_without_advantage"]
@@ -97,7 +100,7 @@ class Guard:
         if "off_policy" in self._counts and not float(now[_OUTSIDE]) <= LARGEST_OUTSIDE_SHARE:
             share = float(now[_OUTSIDE])
             seen = f"{share:.0%} of the tokens in {which} had a ratio outside [0.5, 2]"
-            self._found(step, "off_policy", seen, _FAR_MOVED if number else _DISAGREE)
+            self._found(step, "off_policy", seen, _FAR_MOVED if number else self._first_is_off)
         if number > 0 and _has_not_moved(updates[0], updates[number - 1], now):
             norm = float(updates[number - 1]["grad_norm"])
             seen = f"the ratio was still 1 in {which}, after a gradient of norm {norm:.2g}"
@@ -132,6 +135,10 @@ _SKIPPED = (
 _DISAGREE = (
     "Sampling and training disagree about the probabilities of the same policy. Look at "
     "sampling/sampling_logp_difference/mean and at the dtypes."
+)
+_MOVED_SINCE = (
+    "The batch was sampled before the last update, which moved the policy far. Lower "
+    "optimizer.learning_rate, or set max_staleness=0."
 )
 _FAR_MOVED = (
     "The policy moves far within one batch, and the clip can only stop what is already done. Lower "

@@ -10,8 +10,8 @@ import jax
 from jaxrl_reason.stages.completions import Scored
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import train_policy
+from jaxrl_reason.stages.policy_config import MORLConfig
 from jaxrl_reason.stages.reward_config import reward_name
-from jaxrl_reason.stages.stage_config import MORLConfig
 
 
 def run_morl(stage: Stage) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxrl_reason.metrics import read_metrics
 from jaxrl_reason.objectives import hypervolume
 from jaxrl_reason.stages.config import RunConfig
-from jaxrl_reason.stages.stage_config import MORLConfig
+from jaxrl_reason.stages.policy_config import MORLConfig
 
 _WINDOW = 5  # steps averaged into one point: a batch alone is too noisy
 _REFERENCE = (0.0, 0.0)

@@ -14,15 +14,16 @@ from jaxrl_reason import __version__, checkpoint
 from jaxrl_reason.config import hash_json, to_json
 from jaxrl_reason.data.tokenizer import save_tokenizer
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.stages.completions import reward_functions
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context, Stage
 from jaxrl_reason.stages.dpo import preference_pairs, run_dpo
 from jaxrl_reason.stages.evaluate import evaluate, write_evaluation
 from jaxrl_reason.stages.grpo import run_grpo
+from jaxrl_reason.stages.judge import reward_functions
 from jaxrl_reason.stages.morl import run_morl
+from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.sft import demonstrations, run_sft
-from jaxrl_reason.stages.stage_config import FileData, PolicyConfig
+from jaxrl_reason.stages.stage_config import FileData
 
 RUNNERS: Mapping[str, Callable[[Stage], None]] = {
     "sft": run_sft,
@@ -106,7 +107,7 @@ def check_inputs(stage: Stage) -> None:
     """
     config = stage.config
     if isinstance(config, PolicyConfig):
-        reward_functions(config)
+        reward_functions(config.rewards, max_completion_length=config.max_completion_length)
     elif isinstance(config.data, FileData):
         {"sft": demonstrations, "dpo": preference_pairs}[config.kind](stage)
 

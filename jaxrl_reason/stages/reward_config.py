@@ -7,6 +7,9 @@ from pydantic import Field, PositiveInt
 
 from jaxrl_reason.config import Config
 
+Scope = Literal["batch", "group", "completion"]
+"""Which completions a reward function is given in one call."""
+
 
 class Reward(Config):
     """What all rewards have in common."""
@@ -46,6 +49,15 @@ class LengthReward(Reward):
         return self
 
 
+class OverlongReward(Reward):
+    """DAPO's soft punishment: 0, falling to -1 over the last `cache` tokens. arXiv 2503.14476."""
+
+    kind: Literal["overlong"]
+    """`overlong`: from 0 to -1 near the longest length."""
+    cache: PositiveInt
+    """Tokens before `max_completion_length` over which the reward falls from 0 to -1."""
+
+
 class PythonReward(Reward):
     """A function of the user's with TRL's signature."""
 
@@ -55,13 +67,21 @@ class PythonReward(Reward):
     """Name in the metrics."""
     function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
     """Where it is, as `package.module:function`."""
+    scope: Scope = "batch"
+    """What a call is given: the whole batch, a problem's group, or one completion once it ends."""
 
 
 AnyReward = Annotated[
-    AccuracyReward | FormatReward | LengthReward | PythonReward, Field(discriminator="kind")
+    AccuracyReward | FormatReward | LengthReward | OverlongReward | PythonReward,
+    Field(discriminator="kind"),
 ]
 
 
 def reward_name(reward: Reward) -> str:
     """The name of a reward in metrics."""
     return reward.name if isinstance(reward, PythonReward) else reward.kind
+
+
+def reward_scope(reward: Reward) -> Scope:
+    """Which completions a reward is given in one call; for built-in ones it makes no difference."""
+    return reward.scope if isinstance(reward, PythonReward) else "completion"

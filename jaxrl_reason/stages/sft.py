@@ -13,7 +13,7 @@ from jaxrl_reason.errors import InputError
 from jaxrl_reason.sharding import place_batch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.stage_config import FileData, SFTConfig
-from jaxrl_reason.stages.training import StepResult, compile_step, train
+from jaxrl_reason.stages.training import StepResult, compile_step, resume, train
 from jaxrl_reason.steps import make_optimizer, make_sft_step
 
 
@@ -42,9 +42,12 @@ def run_sft(stage: Stage) -> None:
         cut = microbatches(batch, microbatch_count)
         state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
         counted = int(batch["completion_mask"].sum())
-        return StepResult(state, [metrics], {"num_tokens": counted}, num_tokens, counted)
+        told = {"num_tokens": counted, "padding_share": 1 - num_tokens / batch["tokens"].size}
+        return StepResult(state, [metrics], told, num_tokens, counted, cut["tokens"].shape)
 
-    train(stage, optimizer, one_step, show=("loss",), data_hash=hash_json(examples))
+    data_hash = hash_json(examples)
+    begin = resume(stage, optimizer, data_hash=data_hash)
+    train(stage, begin, one_step, show=("loss",), data_hash=data_hash)
 
 
 def demonstrations(stage: Stage) -> list[Example]:

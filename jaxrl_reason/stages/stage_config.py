@@ -1,31 +1,20 @@
-"""The configuration of each kind of stage. A default lives here and nowhere else."""
+"""The configuration of supervised stages, and what every stage that trains has in common."""
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-import jax
-import numpy as np
 import pydantic
 from pydantic import Field
 
 from jaxrl_reason.config import Config
-from jaxrl_reason.errors import nearest
-from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES, SMOOTHED_LOSSES
-from jaxrl_reason.objectives import AGGREGATORS
+from jaxrl_reason.losses import PREFERENCE_LOSSES, SMOOTHED_LOSSES
 from jaxrl_reason.sampling import SamplingConfig
 from jaxrl_reason.stages.loss_options import (
-    POLICY_OPTIONS,
     PREFERENCE_OPTIONS,
     check_loss_options,
-    check_policy_loss,
     check_preference_loss,
-    is_of_sequence,
-    without_effect,
 )
-from jaxrl_reason.stages.reward_config import AnyReward, reward_name
 from jaxrl_reason.steps import OptimizerConfig
 
 Positive = Annotated[int, Field(gt=0)]
@@ -203,173 +192,3 @@ class DPOConfig(Training):
             if name != "sft":
                 check_preference_loss(name, {"beta": self.beta, **self.options})
         return self
-
-
-class PolicyConfig(Training):
-    """What GRPO and MORL share: sampling a batch and updating on it."""
-
-    prompts_per_step: Positive
-    """Problems sampled in a step."""
-    num_generations: Annotated[int, Field(ge=2)] = 8
-    """Completions per problem: the group."""
-    max_completion_length: Positive
-    """Longest completion in tokens; longer ones are cut."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How completions are drawn."""
-    microbatch_rows: Positive = 16
-    """Packed rows in a microbatch; changes no result but what `clip_cov` and `kl_cov` choose."""
-    num_iterations: Positive = 1
-    """Updates on each batch of completions; from the second on the ratio is not 1."""
-    loss_type: str = "dapo"
-    """Loss and how it is averaged, by TRL's and verl's names."""
-    epsilon: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Lower clip of the ratio, 1 - epsilon; null: 0.2 if the ratio is of a token, else required."""
-    epsilon_high: Annotated[float, Field(gt=0)] | None = None
-    """Upper clip: 1 + epsilon_high, epsilon when null; with cispo the largest weight itself."""
-    delta: Annotated[float, Field(gt=1)] | None = None
-    """Upper bound on the ratio where the advantage is negative; no bound when null."""
-    loss_options: Mapping[str, float] = {}
-    """Other arguments of the loss by name, for example `temperature_pos: 1.0` with sapo."""
-    beta: Annotated[float, Field(ge=0)] = 0.0
-    """Weight of KL(policy || parent); 0 loads no reference."""
-    rewards: Annotated[tuple[AnyReward, ...], Field(min_length=1)]
-    """Rewards, each with its options."""
-    guard_steps: Positive = 10
-    """Steps in a row without any advantage after which the run warns."""
-
-    @property
-    def options(self) -> dict[str, float]:
-        """The arguments of the loss."""
-        given = {**self._bounds, **self.loss_options}
-        needs = "epsilon" in LOSS_TYPES[self.loss_type].required and "epsilon" not in given
-        # With one update the ratio is 1 and any bound does.
-        if needs and (self.num_iterations == 1 or not is_of_sequence(self.loss_type)):
-            given["epsilon"] = 0.2
-        return given
-
-    @property
-    def _bounds(self) -> dict[str, float]:
-        bounds = {"epsilon": self.epsilon, "epsilon_high": self.epsilon_high, "delta": self.delta}
-        return {name: bound for name, bound in bounds.items() if bound is not None}
-
-    @pydantic.model_validator(mode="after")
-    def _acts(self):
-        if self.loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type={self.loss_type!r}; allowed are {list(LOSS_TYPES)}")
-        useless = [name for name in self._bounds if name not in POLICY_OPTIONS[self.loss_type]]
-        if useless:
-            raise ValueError(f"{useless[0]} cannot act with loss_type={self.loss_type}; remove it")
-        check_loss_options(
-            self.loss_options,
-            [self.loss_type],
-            fields=("epsilon", "epsilon_high", "delta"),
-            table=POLICY_OPTIONS,
-        )
-        check_policy_loss(self.loss_type, self.options)
-        set_here = {*self._bounds, *self.loss_options}
-        if self.num_iterations == 1 and set_here:
-            inert = without_effect(self.loss_type, self.options)
-            self._refuse_inert([name for name in inert if name in set_here])
-        return self
-
-    def _refuse_inert(self, inert: list[str]) -> None:
-        if not inert:
-            return
-        required = {*LOSS_TYPES[self.loss_type].required} - {"epsilon"}
-        other = "choose another loss_type" if required & set(inert) else "remove it"
-        raise ValueError(
-            f"{' and '.join(inert)} cannot act: with num_iterations=1 the ratio is always 1, where "
-            f"loss_type={self.loss_type} has the same gradient whatever its value; {other} or set "
-            "num_iterations > 1"
-        )
-
-    @pydantic.model_validator(mode="after")
-    def _completions_and_rewards_differ(self):
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature=0 gives a group of equal completions; raise it")
-        names = [reward_name(reward) for reward in self.rewards]
-        if len(set(names)) != len(names):
-            raise ValueError(f"rewards have the names {names}; each may occur once")
-        return self
-
-
-class GRPOConfig(PolicyConfig):
-    """Group-relative policy optimisation. arXiv 2402.03300."""
-
-    kind: Literal["grpo"]
-    """`grpo`"""
-    scale_rewards: Literal["group", "batch", "none"] | None = None
-    """Divide advantages by the deviation of group or batch, or not; null: as `loss_type` has it."""
-
-    @property
-    def advantage_scale(self) -> str:
-        """`scale_rewards`, or what the paper of `loss_type` divides by."""
-        return self.scale_rewards or LOSS_TYPES[self.loss_type].scale
-
-
-class MORLConfig(PolicyConfig):
-    """GRPO with several rewards kept apart until an aggregator makes one advantage of them."""
-
-    kind: Literal["morl"]
-    """`morl`"""
-    aggregator: str = "pfab"
-    """How objectives become one advantage; see `jaxrl_reason.objectives.AGGREGATORS`."""
-    aggregator_options: Mapping[str, Any] = {}
-    """Arguments of the aggregator, for example `scope: batch`."""
-
-    @property
-    def aggregator_takes_weights(self) -> bool:
-        """Whether the rewards' weights mean something to the aggregator."""
-        return "weights" in inspect.signature(AGGREGATORS[self.aggregator]).parameters
-
-    @property
-    def aggregate(self) -> Callable:
-        """The aggregator with its options: rewards and mask [B, M] to advantages and weights."""
-        options = dict(self.aggregator_options)
-        if self.aggregator_takes_weights:
-            options["weights"] = np.asarray(reward_weights(self), np.float32)
-        return functools.partial(
-            AGGREGATORS[self.aggregator], num_generations=self.num_generations, **options
-        )
-
-    @pydantic.model_validator(mode="after")
-    def _aggregates(self):
-        if self.aggregator not in AGGREGATORS:
-            raise ValueError(f"aggregator={self.aggregator!r}; allowed are {list(AGGREGATORS)}")
-        if len(self.rewards) < 2:
-            raise ValueError("morl needs at least two rewards; with one use a grpo stage")
-        weighted = [reward_name(reward) for reward in self.rewards if reward.weight is not None]
-        if weighted and not self.aggregator_takes_weights:
-            raise ValueError(
-                f"the weight of reward {weighted[0]!r} cannot act: {self.aggregator} finds its own "
-                "weights; remove it or choose an aggregator with weights, such as gdpo"
-            )
-        given = {"rewards", "mask", "num_generations", "weights"}
-        parameters = inspect.signature(AGGREGATORS[self.aggregator]).parameters
-        options = {name: p for name, p in parameters.items() if name not in given}
-        unknown = [name for name in self.aggregator_options if name not in options]
-        if unknown:
-            raise ValueError(
-                f"aggregator_options.{unknown[0]} is no option of {self.aggregator}; "
-                f"{nearest(unknown[0], options)}"
-            )
-        missing = [n for n, p in options.items() if p.default is p.empty]
-        missing = [name for name in missing if name not in self.aggregator_options]
-        if missing:
-            raise ValueError(f"aggregator_options must set {missing} for {self.aggregator}")
-        shape = (self.num_generations, len(self.rewards))
-        try:
-            jax.eval_shape(self.aggregate, np.zeros(shape, np.float32), np.ones(shape, bool))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"aggregator_options of {self.aggregator}: {error}") from error
-        return self
-
-
-StageConfig = Annotated[
-    SFTConfig | DPOConfig | GRPOConfig | MORLConfig, Field(discriminator="kind")
-]
-
-
-def reward_weights(config: PolicyConfig) -> list[float]:
-    """The weight of each reward."""
-    return [1.0 if reward.weight is None else reward.weight for reward in config.rewards]

@@ -11,7 +11,9 @@ from jaxrl_reason.checkpoint import Checkpoints, latest_valid
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import MetricLog, Progress
 from jaxrl_reason.models import Params
-from jaxrl_reason.sharding import batch_sharding, replicated
+from jaxrl_reason.sharding import batch_sharding, on_mesh, replicated
+from jaxrl_reason.stages.breakdown import table
+from jaxrl_reason.stages.compiles import CompileWatch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.guard import Guard
 from jaxrl_reason.steps import (
@@ -22,6 +24,16 @@ from jaxrl_reason.steps import (
     learning_rate_schedule,
     state_shardings,
 )
+
+
+class Start(NamedTuple):
+    """Where a stage goes on: after its last checkpoint, or at its parent."""
+
+    state: TrainState
+    step: int
+    """Steps already done."""
+    meta: Mapping[str, Any]
+    """What the checkpoint says; empty at the parent."""
 
 
 class StepResult(NamedTuple):
@@ -36,6 +48,8 @@ class StepResult(NamedTuple):
     """Tokens that the step worked on."""
     counted_tokens: int
     """Tokens under the mask of the loss."""
+    shape: tuple[int, ...]
+    """Of the tokens of the update, padding included."""
     advantages: np.ndarray | None = None
     """Of the step's completions, in reinforcement learning."""
 
@@ -47,12 +61,13 @@ def compile_step(stage: Stage, step: Step, optimizer: Optimizer) -> Step:
     """Jit a step with the state's shardings and its memory donated; batches are [k, rows, ...]."""
     context = stage.context
     states = _shardings(stage, optimizer)
-    return jax.jit(
+    jitted = jax.jit(
         step,
         in_shardings=(states, batch_sharding(context.mesh, batch_axis=1)),
         out_shardings=(states, replicated(context.mesh)),
         donate_argnums=0,
     )
+    return on_mesh(jitted, context.mesh)
 
 
 def fresh_state(stage: Stage, optimizer: Optimizer, params: Params) -> TrainState:
@@ -63,81 +78,17 @@ def fresh_state(stage: Stage, optimizer: Optimizer, params: Params) -> TrainStat
     return create(params)
 
 
-def train(
-    stage: Stage,
-    optimizer: Optimizer,
-    one_step: OneStep,
-    *,
-    show: tuple[str, ...],
-    data_hash: str,
-    updates_per_step: int = 1,
-) -> None:
-    """Run the steps that are left, from the last checkpoint or from the parent.
-
-    Everything that a step draws or reads follows from (seed, step), so a run that was killed and
-    started again computes what an uninterrupted one would have computed, bit for bit.
+def resume(stage: Stage, optimizer: Optimizer, *, data_hash: str) -> Start:
+    """The last valid checkpoint of a stage, or its parent's parameters.
 
     Args:
         stage: the stage.
         optimizer: as configured for all of the stage's updates.
-        one_step: `(state, step) -> StepResult`, steps counted from 0.
-        show: names of metrics for the progress bar.
         data_hash: identifies the stage's data.
-        updates_per_step: updates of the optimiser in one step, for the logged learning rate.
+
+    Raises:
+        InputError: the data has changed since the checkpoint was written.
     """
-    config = stage.config
-    state, start, meta = _start(stage, optimizer, data_hash)
-    seconds = meta["seconds"]
-    guard = Guard(stage.name, config, meta.get("guard"))  # none in checkpoints older than the guard
-    tracking = stage.context.config.tracking
-    rate = learning_rate_schedule(config.optimizer, config.steps * updates_per_step)
-    began = time.monotonic()
-    with (
-        Checkpoints(stage.checkpoints, keep=config.save_total_limit) as checkpoints,
-        MetricLog(
-            stage.directory,
-            tensorboard=tracking.tensorboard,
-            wandb_project=tracking.wandb_project,
-            from_step=start,
-            aliases="verl" if tracking.verl_names else None,
-        ) as log,
-        Progress(f"{stage.name} ({config.kind})", total=config.steps, start=start) as bar,
-    ):
-        for step in range(start, config.steps):
-            step_began = time.monotonic()
-            done = step + 1
-            result = one_step(state, step)
-            state = result.state
-            metrics = {**result.updates[-1], **result.metrics}
-            metrics |= guard.look(
-                done,
-                updates=result.updates,
-                counted_tokens=result.counted_tokens,
-                advantages=result.advantages,
-            )
-            metrics = {name: float(value) for name, value in metrics.items()}
-            metrics["learning_rate"] = float(rate(step * updates_per_step))
-            metrics["step_time"] = time.monotonic() - step_began
-            log.log(done, metrics)
-            shown = {name: metrics[name] for name in show if name in metrics}
-            bar.update(done, tokens=result.num_tokens, **shown)
-            if done % config.save_steps == 0 or done == config.steps:
-                meta = stage.meta(
-                    step=done,
-                    complete=done == config.steps,
-                    data_hash=data_hash,
-                    cursor={"step": done},
-                    seconds=seconds + time.monotonic() - began,
-                    guard=guard.state(),
-                )
-                rest = {"opt_state": state.opt_state, "step": state.step}
-                checkpoints.save(done, params=state.params, state=rest, meta=meta)
-
-
-def _start(
-    stage: Stage, optimizer: Optimizer, data_hash: str
-) -> tuple[TrainState, int, Mapping[str, Any]]:
-    """The state to go on from, the steps already done, and what their checkpoint says of them."""
     context = stage.context
     shapes = jax.eval_shape(lambda p: init_state(p, optimizer), context.params_shapes)
     like = jax.tree.map(
@@ -148,14 +99,98 @@ def _start(
     rest = {"opt_state": like.opt_state, "step": like.step}
     restored = latest_valid(stage.checkpoints, params=like.params, state=rest)
     if restored is None:
-        return fresh_state(stage, optimizer, stage.parent_params()), 0, {"seconds": 0.0}
+        return Start(fresh_state(stage, optimizer, stage.parent_params()), 0, {})
     if restored.meta["data_hash"] != data_hash:
         raise InputError(
             f"stages.{stage.name}: its data has changed since {restored.path} was written; put the "
             "old data back, or give the run another name (name=...); nothing was overwritten"
         )
     state = TrainState(restored.params, restored.state["opt_state"], restored.state["step"])
-    return state, restored.step, restored.meta
+    return Start(state, restored.step, restored.meta)
+
+
+def train(
+    stage: Stage,
+    begin: Start,
+    one_step: OneStep,
+    *,
+    show: tuple[str, ...],
+    data_hash: str,
+    updates_per_step: int = 1,
+    more_meta: Callable[[int], Mapping[str, Any]] = lambda done: {"cursor": {"step": done}},
+) -> None:
+    """Run the steps that are left.
+
+    Everything that a step draws or reads follows from (seed, step) and what the checkpoint holds,
+    so a run that was killed and started again computes what an uninterrupted one would have
+    computed, bit for bit.
+
+    Args:
+        stage: the stage.
+        begin: what `resume` gave.
+        one_step: `(state, step) -> StepResult`, steps counted from 0.
+        show: names of metrics for the progress bar.
+        data_hash: identifies the stage's data.
+        updates_per_step: updates of the optimiser in one step, for the logged learning rate.
+        more_meta: what else a checkpoint after so many steps says, as JSON values.
+    """
+    config = stage.config
+    state, meta = begin.state, begin.meta
+    guard = Guard(stage.name, config, meta.get("guard"))  # none in checkpoints older than the guard
+    tracking = stage.context.config.tracking
+    rate = learning_rate_schedule(config.optimizer, config.steps * updates_per_step)
+    seconds, began = meta.get("seconds", 0.0), time.monotonic()
+    compiles = CompileWatch(stage.name)
+    rows: list[dict[str, float]] = []
+    with (
+        Checkpoints(stage.checkpoints, keep=config.save_total_limit) as checkpoints,
+        MetricLog(
+            stage.directory,
+            tensorboard=tracking.tensorboard,
+            wandb_project=tracking.wandb_project,
+            from_step=begin.step,
+            aliases="verl" if tracking.verl_names else None,
+        ) as log,
+        Progress(f"{stage.name} ({config.kind})", total=config.steps, start=begin.step) as bar,
+    ):
+        for step in range(begin.step, config.steps):
+            done, step_began = step + 1, time.monotonic()
+            compiles.start()
+            result = one_step(state, step)
+            state, metrics = result.state, _numbers(result, step_began)
+            metrics["compiles"] = compiles.look(done, result.shape)
+            metrics |= guard.look(
+                done,
+                updates=result.updates,
+                counted_tokens=result.counted_tokens,
+                advantages=result.advantages,
+            )
+            metrics["learning_rate"] = float(rate(step * updates_per_step))
+            rows.append(metrics)
+            log.log(done, metrics)
+            shown = {name: metrics[name] for name in show if name in metrics}
+            bar.update(done, tokens=result.num_tokens, **shown)
+            if done % config.save_steps == 0 or done == config.steps:
+                meta = stage.meta(
+                    step=done,
+                    complete=done == config.steps,
+                    data_hash=data_hash,
+                    seconds=seconds + time.monotonic() - began,
+                    guard=guard.state(),
+                    **more_meta(done),
+                )
+                rest = {"opt_state": state.opt_state, "step": state.step}
+                checkpoints.save(done, params=state.params, state=rest, meta=meta)
+        if rows:
+            bar.conclude(table(stage.name, rows))
+
+
+def _numbers(result: StepResult, began: float) -> dict[str, float]:
+    """The metrics of a step that began then; reading them waits for the device."""
+    metrics = {**result.updates[-1], **result.metrics}
+    metrics = {name: float(value) for name, value in metrics.items()}
+    seconds = time.monotonic() - began
+    return metrics | {"step_time": seconds, "tokens_per_second": result.num_tokens / seconds}
 
 
 def _shardings(stage: Stage, optimizer: Optimizer) -> TrainState:

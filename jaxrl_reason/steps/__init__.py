@@ -1,6 +1,6 @@
 """One pure update for each kind of training; the stages jit, shard and donate them."""
 
-from jaxrl_reason.steps.forward import model_logprobs
+from jaxrl_reason.steps.forward import make_batch_logprobs, model_logprobs, target_logprobs
 from jaxrl_reason.steps.policy import PolicyObjective, make_policy_step
 from jaxrl_reason.steps.preference import (
     make_preference_step,
@@ -27,6 +27,7 @@ __all__ = [
     "TrainState",
     "init_state",
     "learning_rate_schedule",
+    "make_batch_logprobs",
     "make_optimizer",
     "make_policy_step",
     "make_preference_step",
@@ -35,4 +36,5 @@ __all__ = [
     "needs_reference",
     "pair_logprobs",
     "state_shardings",
+    "target_logprobs",
 ]

@@ -1,11 +1,17 @@
 """Log-probabilities of a model on rows of tokens: where `models` meets `logprobs`."""
 
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxrl_reason.logprobs import chunked_token_logprobs
+from jaxrl_reason.logprobs import chunked_target_logprobs, chunked_token_logprobs
 from jaxrl_reason.models import Model, Params
+from jaxrl_reason.steps.accumulate import used_microbatches
 
-_LOGITS = 2**27
+_WHOLE_LOGITS = 2**27
+_BLOCK_LOGITS = 2**25
 
 
 def model_logprobs(
@@ -20,12 +26,89 @@ def model_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`chunked_token_logprobs` of a model on rows of tokens: `(logprobs, entropy)`.
 
-    Without a `chunk_size` as many logits exist at once as make 512 MiB in float32.
+    Without a `chunk_size` all logits exist at once if that takes no more than 512 MiB in float32,
+    and otherwise as many as make 128 MiB.
     """
     hidden, _ = model.forward(params, tokens, positions=positions, segment_ids=segment_ids)
     head = model.unembedding(params)
-    if chunk_size is None:
-        chunk_size = max(1, _LOGITS // head.shape[1])
+    chunk_size = _chunk_size(chunk_size, tokens, head)
     return chunked_token_logprobs(
         hidden, head, tokens, temperature=temperature, chunk_size=chunk_size
     )
+
+
+def target_logprobs(
+    model: Model,
+    params: Params,
+    rows: dict[str, Array],
+    *,
+    temperature: float,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "R M"], Float[Array, "R M"]]:
+    """Log-probs and entropies of the targets of prefix-shared rows; `data.groups` shows them.
+
+    The output head sees the completions' hidden states alone, and of the columns of targets those
+    that some row uses.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        rows: `tokens, positions, segment_ids, branch_ids` [R, T] and `targets, sources,
+            completion_mask` [R, M].
+        temperature: logits are divided by it.
+        chunk_size: as in `model_logprobs`.
+    """
+    hidden, _ = model.forward(
+        params,
+        rows["tokens"],
+        positions=rows["positions"],
+        segment_ids=rows["segment_ids"],
+        branch_ids=rows["branch_ids"],
+    )
+    states = jnp.take_along_axis(hidden, rows["sources"][..., None], axis=1)
+    head, targets = model.unembedding(params), rows["targets"]
+    return chunked_target_logprobs(
+        states,
+        head,
+        targets,
+        temperature=temperature,
+        chunk_size=_chunk_size(chunk_size, targets, head),
+        count=used_microbatches(rows["completion_mask"].T),
+    )
+
+
+def make_batch_logprobs(
+    model: Model, *, temperature: float, logprob_chunk_size: int | None
+) -> Callable[[Params, dict[str, Array]], Float[Array, "k R M"]]:
+    """A function of parameters and a batch of microbatches that gives `target_logprobs`.
+
+    For the log-probs of another policy than the one that is updated: `ref_logprobs`, or those of
+    training where sampling had others. Microbatches that hold nothing cost nothing.
+    """
+    names = ("tokens", "positions", "segment_ids", "branch_ids")
+    names = (*names, "targets", "sources", "completion_mask")
+
+    def batch_logprobs(params, batch):
+        def one(i, found):
+            logprobs, _ = target_logprobs(
+                model,
+                params,
+                {name: batch[name][i] for name in names},
+                temperature=temperature,
+                chunk_size=logprob_chunk_size,
+            )
+            return found.at[i].set(logprobs)
+
+        mask = batch["completion_mask"]
+        zeros = jnp.zeros(mask.shape, batch["old_logprobs"].dtype)
+        return jax.lax.fori_loop(0, used_microbatches(mask), one, zeros)
+
+    return batch_logprobs
+
+
+def _chunk_size(given: int | None, tokens: Int[Array, "B T"], head: Float[Array, "D V"]) -> int:
+    if given is not None:
+        return given
+    if tokens.size * head.shape[1] <= _WHOLE_LOGITS:
+        return max(1, tokens.size)
+    return max(1, _BLOCK_LOGITS // head.shape[1])

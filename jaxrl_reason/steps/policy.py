@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_reason.arrays import aggregate
 from jaxrl_reason.losses import LOSS_TYPES, kl_estimate
 from jaxrl_reason.models import Model
-from jaxrl_reason.steps.accumulate import value_and_grad
-from jaxrl_reason.steps.forward import model_logprobs
+from jaxrl_reason.steps.accumulate import Largest, value_and_grad
+from jaxrl_reason.steps.forward import target_logprobs
 from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
 
 
@@ -42,12 +42,26 @@ def make_policy_step(
 ) -> Step:
     """One policy-gradient update with the loss of `loss_type` and an optional KL term.
 
-    The batch holds arrays [k, rows, T], k microbatches of rows into which completions are packed:
-    `tokens, positions, segment_ids, completion_mask`, `advantages` (the same along a completion),
-    `old_logprobs` (of the policy that sampled, at the sampling temperature, before truncation), and
-    with `beta > 0` also `ref_logprobs`. Metrics carry TRL's names;
-    `sampling/importance_sampling_ratio/outside_share` is the share of tokens whose ratio to the
-    policy that sampled lies outside [0.5, 2].
+    The batch holds k microbatches of prefix-shared rows, as `data.groups` shows them:
+
+        tokens, positions, segment_ids, branch_ids           [k, rows, T]
+        targets, sources, completion_mask, sequence_ids      [k, rows, M]
+        advantages           the same along a completion     [k, rows, M]
+        sampling_logprobs    of the policy that sampled, at the sampling temperature, before
+                             truncation                      [k, rows, M]
+        old_logprobs         the same, or those of training  [k, rows, M]
+        importance_weights   policy of `old_logprobs` / policy that sampled, a factor of the loss;
+                             1 where the two are the same    [k, rows, M]
+        ref_logprobs         with `beta > 0` only            [k, rows, M]
+        dropped_tokens, dropped_sequences                    [k, rows]
+
+    The last two count what was left out because its advantage is 0, of losses that are `separable`
+    and without KL term. It counts in the divisor, so loss and gradient are those of all
+    completions. Metrics cover the tokens that are there; an entropy is then that of the completions
+    which teach something.
+
+    Metrics carry TRL's names. `sampling/*` compare the policy with the one that sampled:
+    `importance_sampling_ratio/outside_share` is the share of tokens with a ratio outside [0.5, 2].
 
     The number of microbatches changes no result, but for `clip_cov` and `kl_cov`, which choose
     their tokens in each microbatch by itself.
@@ -57,26 +71,26 @@ def make_policy_step(
     def loss_fn(params, batch: dict[str, Array], options: dict[str, Any]):
         mask = batch["completion_mask"]
         mean = lambda values: aggregate(values, mask, how="token_mean")
-        logprobs, entropy = model_logprobs(
+        logprobs, entropy = target_logprobs(
             model,
             params,
-            batch["tokens"],
-            positions=batch["positions"],
-            segment_ids=batch["segment_ids"],
+            batch,
             temperature=objective.temperature,
             chunk_size=logprob_chunk_size,
         )
-        arrays = {
-            name: batch[name] for name in ("old_logprobs", "advantages", "segment_ids", "key")
-        }
-        arrays |= {"logprobs": logprobs, "mask": mask}
-        values = variant(**arrays, **options)
+        arrays = {name: batch[name] for name in ("old_logprobs", "advantages", "key")}
+        arrays |= {"logprobs": logprobs, "mask": mask, "segment_ids": batch["sequence_ids"]}
+        weights = batch["importance_weights"]
+        values = variant(**arrays, importance_weights=weights, **options)
         clipped = variant.clipped(**arrays, **options)
-        distance = jnp.abs(logprobs - batch["old_logprobs"])
+        distance = jnp.abs(logprobs - batch["sampling_logprobs"])
         metrics = {
             **{f"clip_ratio/{side}_mean": mean(where) for side, where in clipped.items()},
             "entropy": mean(entropy),
             "sampling/sampling_logp_difference/mean": mean(distance),
+            "sampling/sampling_logp_difference/max": Largest(
+                jnp.max(jnp.where(mask, jax.lax.stop_gradient(distance), 0))
+            ),
             # Written so that NaN counts as outside.
             "sampling/importance_sampling_ratio/outside_share": mean(~(distance <= math.log(2))),
         }
@@ -89,7 +103,7 @@ def make_policy_step(
             mask,
             how=variant.aggregation,
             max_length=objective.max_completion_length,
-            segment_ids=batch["segment_ids"],
+            segment_ids=batch["sequence_ids"],
         )
         return loss, metrics
 
@@ -100,6 +114,7 @@ def make_policy_step(
             lambda params, microbatch: loss_fn(params, microbatch, options),
             state.params,
             {**batch, "key": keys},
+            extra_weight=_dropped_weight(objective, batch),
         )
         state, update = apply_gradients(state, loss, gradient, optimizer)
         return state, {**metrics, **update}
@@ -112,14 +127,29 @@ def _options(objective: PolicyObjective, batch: dict[str, Array]) -> dict[str, A
     options: dict[str, Any] = dict(objective.options)
     if "alpha" not in LOSS_TYPES[objective.loss_type].options or "alpha" in options:
         return options
-    flat = {name: x.reshape(-1, x.shape[-1]) for name, x in batch.items()}
+    flat = lambda name: batch[name].reshape(-1, batch[name].shape[-1])
+    advantages = flat("advantages")
     live = aggregate(
-        flat["advantages"] != 0,
-        flat["completion_mask"],
+        (advantages != 0).astype(advantages.dtype),
+        flat("completion_mask"),
         how="sequence_mean",
-        segment_ids=flat["segment_ids"],
+        segment_ids=flat("sequence_ids"),
     )
-    return options | {"alpha": live.weight / jnp.maximum(live.total, 1)}
+    sequences = live.weight + _total(batch["dropped_sequences"]).astype(live.weight.dtype)
+    return options | {"alpha": sequences / jnp.maximum(live.total, 1)}
+
+
+def _dropped_weight(objective: PolicyObjective, batch: dict[str, Array]) -> Float[Array, ""]:
+    """What `aggregate` would have added to the divisor for the completions left out."""
+    how = LOSS_TYPES[objective.loss_type].aggregation
+    if how == "token_mean":
+        return _total(batch["dropped_tokens"])
+    sequences = _total(batch["dropped_sequences"])
+    return sequences * objective.max_completion_length if how == "constant" else sequences
+
+
+def _total(counts: Int[Array, "k R"]) -> Float[Array, ""]:
+    return jnp.sum(counts).astype(jnp.float32)
 
 
 def _microbatch_keys(step: Int[Array, ""], count: int) -> Key[Array, " k"]:

@@ -20,8 +20,9 @@ from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.objectives import AGGREGATORS
 from jaxrl_reason.sampling import SamplingConfig
 from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.policy_config import GRPOConfig, MORLConfig
 from jaxrl_reason.stages.sample import SampleConfig
-from jaxrl_reason.stages.stage_config import DPOConfig, GRPOConfig, MORLConfig, SFTConfig
+from jaxrl_reason.stages.stage_config import DPOConfig, SFTConfig
 from jaxrl_reason.tasks import Countdown, KnightsKnaves, ModularArithmetic
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The decoder: packing, caching, remat, presets, and parity with transformers' Qwen3."""
+"""The decoder: packing, pages, remat, presets, and parity with transformers' Qwen3."""
 
 import dataclasses
 
@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.models import PRESETS, Model, ModelConfig, preset, repeat_cache
+from jaxrl_reason.models import (
+    PRESETS,
+    Model,
+    ModelConfig,
+    PageTable,
+    empty_pages,
+    preset,
+    write_contexts,
+)
 
 TINY = ModelConfig(
     vocab_size=40,
@@ -38,24 +46,76 @@ def tokens_of(length, seed=0, batch=2):
     return jnp.asarray(np.random.default_rng(seed).integers(0, 40, (batch, length)), jnp.int32)
 
 
-def run(model, params, tokens, cache=None, start=0):
-    positions = jnp.broadcast_to(jnp.arange(start, start + tokens.shape[1])[None], tokens.shape)
-    return forward(
-        model, params, tokens, positions=positions, segment_ids=jnp.ones_like(tokens), cache=cache
+def run(model, params, tokens):
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+    return forward(model, params, tokens, positions=positions, segment_ids=jnp.ones_like(tokens))
+
+
+def paged(model, params, contexts, following, size=4):
+    """Hidden states of tokens that follow contexts, one token a step, from pages of `size` tokens.
+
+    Row r continues context r % len(contexts); its second own page is not next to its first.
+    """
+    rows, steps = following.shape
+    count, readers = len(contexts), rows // len(contexts)
+    each = -(-max(map(len, contexts)) // size)
+    own, first_own = -(-steps // size), count * each * readers
+    width = each + own
+    packed = np.zeros((3, count, each * size), np.int32)
+    for c, tokens in enumerate(contexts):
+        packed[:, c, : len(tokens)] = tokens, np.arange(len(tokens)), np.ones(len(tokens))
+    pages = empty_pages(model.config, count * each, rows * own, size)
+    places = jnp.arange(count * each)
+    keys, values = model.prefill(params, packed[0], positions=packed[1], segment_ids=packed[2])
+    pages = write_contexts(pages, keys, values, places)
+    page_of = lambda row, number: number * rows + row
+    readers_of = [[c + count * q for q in range(readers)] for c in range(count)]
+    of_row = [
+        [(r % count * each + page) * readers + r // count for page in range(each)]
+        + [first_own + page_of(r, number) for number in range(own)]
+        for r in range(rows)
+    ]
+    lengths = np.asarray([len(tokens) for tokens in contexts])
+    table = PageTable(
+        readers=jnp.repeat(jnp.asarray(readers_of), each, axis=0),
+        context_tokens=jnp.clip(
+            jnp.asarray((lengths[:, None] - np.arange(each) * size).reshape(-1)), 0, size
+        ),
+        owners=jnp.tile(jnp.arange(rows), own),
+        numbers=jnp.repeat(jnp.arange(own), rows),
+        of_row=jnp.asarray(of_row).reshape(rows, width),
+        writing=jnp.zeros((rows, 2), jnp.int32),
     )
+    step = jax.jit(Model.decode, static_argnums=0)
+    hidden = []
+    for t in range(steps):
+        number = t // size
+        two = (number, number + 1)
+        writing = [[page_of(r, n) if n < own else rows * own for n in two] for r in range(rows)]
+        state, pages = step(
+            model,
+            params,
+            following[:, t],
+            positions=jnp.asarray(np.tile(lengths, readers) + t, jnp.int32),
+            pages=pages,
+            table=table._replace(writing=jnp.asarray(writing)),
+            before=jnp.full(rows, t, jnp.int32),
+            boundary=jnp.full(rows, number * size, jnp.int32),
+        )
+        hidden.append(state)
+    return jnp.stack(hidden, axis=1)
 
 
-def test_a_cache_filled_in_pieces_gives_the_full_forward():
+@pytest.mark.parametrize("lengths", [(6, 6), (8, 3), (1, 9)])
+def test_tokens_read_from_pages_give_the_full_forward(lengths):
     model, params = make()
-    tokens = tokens_of(12)
-    full, _ = run(model, params, tokens)
-    cache, pieces, at = model.init_cache(2, 16), [], 0
-    for size in (5, 1, 1, 5):
-        hidden, cache = run(model, params, tokens[:, at : at + size], cache, at)
-        pieces.append(hidden)
-        at += size
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), full, atol=2e-5)
-    assert int(cache.length) == 12
+    contexts = [tokens_of(n, seed=n, batch=1)[0].tolist() for n in lengths]
+    following = tokens_of(7, 5, batch=6)
+    read = paged(model, params, contexts, following)
+    for row in range(6):
+        whole = jnp.asarray([[*contexts[row % 2], *following[row].tolist()]])
+        full, _ = run(model, params, whole)
+        np.testing.assert_allclose(read[row], full[0, -7:], atol=2e-5)
 
 
 def test_packed_documents_equal_separate_ones():
@@ -78,15 +138,6 @@ def test_a_token_sees_nothing_after_it():
     a, b = run(model, params, tokens)[0], run(model, params, changed)[0]
     np.testing.assert_array_equal(a[:, :6], b[:, :6])
     assert float(jnp.max(jnp.abs(a[:, 6:] - b[:, 6:]))) > 1e-3
-
-
-def test_repeated_cache_serves_every_copy():
-    model, params = make()
-    prompt, following = tokens_of(6, batch=2), tokens_of(2, 5, batch=6)
-    _, cache = run(model, params, prompt, model.init_cache(2, 8))
-    shared, _ = run(model, params, following, repeat_cache(cache, 3), 6)
-    whole = jnp.concatenate([jnp.repeat(prompt, 3, axis=0), following], axis=1)
-    np.testing.assert_allclose(shared, run(model, params, whole)[0][:, 6:], atol=2e-5)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

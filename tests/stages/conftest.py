@@ -72,6 +72,37 @@ stages:
       - {kind: python, name: ones, function: "rewards_of_tests:ones"}
     optimizer: {learning_rate: 1.0e-2}
     save_steps: 2
+  ahead:
+    kind: grpo
+    parent: balance
+    steps: 5
+    prompts_per_step: 8
+    num_generations: 4
+    max_completion_length: 12
+    max_staleness: 1
+    reward_workers: 1
+    mask_truncated_completions: true
+    epsilon: 0.1
+    mismatch: {threshold: 1.0e-9}
+    rewards:
+      - {kind: accuracy}
+      - {kind: python, name: ones, function: "rewards_of_tests:ones", scope: group}
+      - {kind: python, name: asked, function: "rewards_of_tests:asked", scope: completion}
+    optimizer: {learning_rate: 1.0e-2}
+    save_steps: 2
+  refill:
+    kind: grpo
+    parent: ahead
+    steps: 5
+    prompts_per_step: 8
+    num_generations: 4
+    max_completion_length: 12
+    dynamic_sampling: {max_batches: 3, metric: accuracy}
+    rewards:
+      - {kind: accuracy}
+      - {kind: overlong, cache: 6, weight: 0.1}
+    optimizer: {learning_rate: 1.0e-3}
+    save_steps: 2
 """
 )
 
@@ -87,6 +118,10 @@ def ones(prompts, completions, *, problem, **_):
         text.split().count("1") / 8 if p.columns["difficulty"] > 1 else None
         for text, p in zip(completions, problem, strict=True)
     ]
+
+
+async def asked(prompts, completions, **_):
+    return [float(text.endswith("</answer>")) for text in completions]
 
 
 def short_list(prompts, completions, **_):

@@ -16,9 +16,9 @@ from jaxrl_reason.config import Config, apply_overrides, load_yaml, to_json, val
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.stages.config import EvaluationConfig, RunConfig
+from jaxrl_reason.stages.policy_config import MORLConfig
 from jaxrl_reason.stages.reward_config import PythonReward
 from jaxrl_reason.stages.sample import SampleConfig
-from jaxrl_reason.stages.stage_config import MORLConfig
 from jaxrl_reason.steps import OptimizerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def make(tiny):
 
 
 def test_the_configuration_of_the_tests_is_accepted(make):
-    assert list(make().stages) == ["cold", "prefer", "reason", "balance"]
+    assert list(make().stages) == ["cold", "prefer", "reason", "balance", "ahead", "refill"]
 
 
 # What cannot act, or cannot be
@@ -89,6 +89,33 @@ REFUSED = [
     (["stages.reason.rewards.1.kind=accuracy"], "names .*'accuracy', 'accuracy'.*may occur once"),
     (["stages.balance.rewards.2.low=12"], "low=12 must be smaller than high=12"),
     (["stages.balance.rewards.3.function=ones"], "function: got .ones."),
+    (
+        ["stages.refill.rewards.1.cache=13"],
+        "rewards.overlong.cache=13 exceeds max_completion_length=12",
+    ),
+    (["stages.refill.rewards.1.cache=0"], "cache: got 0; needs int > 0"),
+    (["stages.ahead.rewards.1.scope=row"], "scope: got .row.; needs"),
+    # dynamic sampling
+    (["stages.refill.dynamic_sampling.max_batches=1"], "max_batches: got 1; needs int >= 2"),
+    (
+        ["stages.refill.dynamic_sampling.metric=acuracy"],
+        "dynamic_sampling.metric='acuracy' is no reward; did you mean 'accuracy'",
+    ),
+    (
+        ["stages.balance.dynamic_sampling={max_batches: 2}"],
+        "reward 'ones' has scope=batch; set its scope to group or completion",
+    ),
+    (
+        ["stages.refill.max_staleness=1", "stages.refill.reward_workers=1"],
+        "max_staleness=1 cannot act with dynamic_sampling",
+    ),
+    # sampling ahead
+    (["stages.ahead.max_staleness=2"], "max_staleness: got 2; needs"),
+    (["stages.ahead.save_steps=1"], "max_staleness=1 cannot act with a checkpoint after every"),
+    (["stages.ahead.steps=1"], "max_staleness=1 cannot act with a checkpoint after every"),
+    (["stages.reason.max_staleness=1"], "with reward_workers=0 these rewards are computed in"),
+    (["stages.ahead.max_staleness=0"], "epsilon cannot act: with num_iterations=1"),
+    (["stages.ahead.reward_workers=-1"], "reward_workers: got -1; needs int >= 0"),
     # aggregators
     (["stages.balance.rewards=[{kind: accuracy}]"], "morl needs at least two rewards"),
     (["stages.balance.aggregator=mdga"], "aggregator='mdga'; allowed are"),
@@ -193,6 +220,9 @@ def test_a_stage_may_not_be_called_init_or_like_a_path(tiny):
         ["stages.balance.aggregator_options={min_std: [0.1, 0.1, 0.1, 0.1]}"],
         ["evaluation.max_completion_length=28", "stages.reason.max_completion_length=28"],
         ["stages.cold.data.styles={long: 0.3, short: 0.3, answer: 0.4}"],
+        ["stages.refill.rewards.1.cache=12", "stages.refill.dynamic_sampling.metric=null"],
+        ["stages.ahead.reward_workers=0"],
+        ["stages.ahead.loss_type=gspo", "stages.ahead.epsilon=3e-4"],
     ],
     ids=str,
 )

@@ -99,4 +99,4 @@ def test_an_evaluation_is_repeatable_and_its_rows_agree_with_it(four):
     # Trained to answer at once: the format is right, and length and accuracy follow.
     assert result["format_rate"] > 0.9
     assert result["mean_length"] < 8
-    assert 0.1 < result["accuracy"] < 0.9
+    assert 0 < result["accuracy"] < 0.9

@@ -11,7 +11,8 @@ from jaxrl_reason.config import validate
 from jaxrl_reason.metrics import read_metrics
 from jaxrl_reason.stages import grpo, pipeline
 from jaxrl_reason.stages.guard import Guard
-from jaxrl_reason.stages.stage_config import GRPOConfig, SFTConfig
+from jaxrl_reason.stages.policy_config import GRPOConfig
+from jaxrl_reason.stages.stage_config import SFTConfig
 
 LOGGER = "jaxrl_reason.stages.guard"
 ALL = ["empty_mask", "nonfinite_loss", "zero_advantages", "off_policy", "unit_ratio"]
@@ -93,6 +94,12 @@ def test_disagreement_and_a_policy_that_moves_far_are_told_apart(guard, caplog):
     caplog.clear()
     look(guard(), updates=[HEALTHY, MOVED | far])
     assert "The policy moves far" in caplog.text
+
+
+def test_a_policy_that_moved_since_it_sampled_is_no_disagreement(guard, caplog):
+    far = {"sampling/importance_sampling_ratio/outside_share": 0.5}
+    look(guard(max_staleness=1, reward_workers=1), updates=[HEALTHY | far, MOVED])
+    assert "sampled before the last update, which moved the policy far" in caplog.text
 
 
 def test_log_probs_that_are_not_numbers_are_off_policy(guard):

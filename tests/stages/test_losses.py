@@ -11,11 +11,11 @@ from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES
 from jaxrl_reason.sampling import Rollout
 from jaxrl_reason.sharding import place_batch
 from jaxrl_reason.stages import dpo
-from jaxrl_reason.stages.completions import PolicyRows
 from jaxrl_reason.stages.dpo import pair_rows, preference_update
-from jaxrl_reason.stages.grpo import policy_update
+from jaxrl_reason.stages.grpo import policy_rows, policy_update
 from jaxrl_reason.stages.pipeline import plan
-from jaxrl_reason.stages.stage_config import DPOConfig, GRPOConfig
+from jaxrl_reason.stages.policy_config import GRPOConfig
+from jaxrl_reason.stages.stage_config import DPOConfig
 from jaxrl_reason.stages.training import fresh_state
 from jaxrl_reason.steps import make_optimizer, needs_reference
 
@@ -113,6 +113,8 @@ def rollout_of(stage, lengths):
         num_generations=2,
         tokens=np.where(mask, rng.integers(3, 30, shape), 0).astype(np.int32),
         completion_mask=mask,
+        sampled=mask,
+        versions=np.zeros(shape, np.int32),
         sampling_logprobs=np.where(mask, rng.normal(-3.6, 0.3, shape), 0).astype(np.float32),
         kept_logmass=np.zeros(shape, np.float32),
         finished=np.ones(len(lengths), bool),
@@ -127,7 +129,7 @@ def test_a_policy_loss_makes_an_update(stage, name):
     optimizer = make_optimizer(made.config.optimizer, 10)
     lengths = np.random.default_rng(1).integers(2, 13, 32)
     advantages = np.random.default_rng(2).normal(size=32).astype(np.float32)
-    batch = PolicyRows(made).place(rollout_of(made, lengths), advantages)
+    batch, _ = policy_rows(made).place(rollout_of(made, lengths), advantages)
     metrics, moved = updated(made, policy_update(made, optimizer), optimizer, batch)
     assert np.isfinite(metrics["loss"])
     assert metrics["nonfinite_steps"] == 0
@@ -167,7 +169,8 @@ def test_the_preference_losses_without_a_reference_compute_none(stage, monkeypat
     asked = []
     monkeypatch.setattr(dpo, "preference_pairs", lambda stage: [(([3], [4]), ([3], [5]))] * 8)
     monkeypatch.setattr(dpo, "reference_logprobs", lambda *given: asked.append(given))
-    monkeypatch.setattr(dpo, "train", lambda *given, **options: None)
+    for name in ("resume", "train"):
+        monkeypatch.setattr(dpo, name, lambda *given, **options: None)
     dpo.run_dpo(made)
     assert asked == []
 

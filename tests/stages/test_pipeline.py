@@ -18,7 +18,7 @@ from jaxrl_reason.metrics import read_metrics
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.load import load
 
-STAGES = ("init", "cold", "prefer", "reason", "balance")
+STAGES = ("init", "cold", "prefer", "reason", "balance", "ahead", "refill")
 PLOTS = {"curves.png", "accuracy_length.png", "pareto.png"}
 
 
@@ -43,7 +43,7 @@ def again(four, *overrides, folder=None):
 def test_the_summary_has_a_row_for_every_stage_in_order(four):
     rows = json.loads((four.directory / "summary.json").read_text())
     assert [row["stage"] for row in rows] == list(STAGES)
-    assert [row["kind"] for row in rows] == ["init", "sft", "dpo", "grpo", "morl"]
+    assert [row["kind"] for row in rows] == ["init", "sft", "dpo", "grpo", "morl", "grpo", "grpo"]
     for row in rows:
         assert list(row) == [
             "stage",
@@ -86,13 +86,16 @@ def test_a_stage_writes_its_configuration_and_metrics(four, stage):
     assert saved == four.config
     rows = read_metrics(four.directory / stage / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, config.steps + 1))
-    assert len({frozenset(row) for row in rows}) == 1
+    # The weights of a correction are told from the step on at which it begins.
+    names = lambda row: frozenset(n for n in row if "importance_sampling_ratio" not in n)
+    assert len(set(map(names, rows))) == 1
     assert all(row["nonfinite_steps"] == 0 for row in rows)
     assert list((four.directory / stage / "tensorboard").glob("events*"))
     kept = checkpoint.steps(four.directory / stage / "checkpoints")
     assert kept == {"cold": [40, 60]}.get(stage, [4, 5])
 
 
+EVERY = {"step_time", "tokens_per_second", "padding_share", "compiles"}
 POLICY = {
     "loss",
     "grad_norm",
@@ -109,12 +112,19 @@ POLICY = {
     "num_tokens",
     "rewards/accuracy/mean",
     "rewards/accuracy/std",
-    "rewards/format/mean",
-    "rewards/format/std",
-    "step_time",
+    "time/rollout",
+    "time/rewards",
+    "time/logprobs",
+    "time/update",
+    "time/sync",
+    "tokens_per_second/rollout",
+    "tokens_per_second/update",
+    "sampling/staleness/mean",
+    "wasted_share",
 }
+FORMAT = {"rewards/format/mean", "rewards/format/std"}
 NAMES = {
-    "cold": {"loss", "grad_norm", "entropy", "num_tokens", "step_time"},
+    "cold": {"loss", "grad_norm", "entropy", "num_tokens"} | EVERY,
     "prefer": {
         "loss",
         "grad_norm",
@@ -124,10 +134,14 @@ NAMES = {
         "rewards/rejected",
         "rewards/accuracies",
         "rewards/margins",
-        "step_time",
-    },
-    "reason": POLICY | {"kl", "reward", "reward_std"},
+    }
+    | EVERY,
+    "reason": POLICY | EVERY | FORMAT | {"kl", "reward", "reward_std"},
+    "ahead": POLICY | EVERY | {"rewards/ones/mean", "rewards/asked/mean"},
+    "refill": POLICY | EVERY | {"rewards/overlong/mean", "num_gen_batches"},
     "balance": POLICY
+    | EVERY
+    | FORMAT
     | {"rewards/length/mean", "rewards/ones/mean"}
     | {f"objectives/weights/{name}" for name in ("accuracy", "format", "length", "ones")},
 }
@@ -150,7 +164,7 @@ def test_plots_are_pictures(four):
 
 
 def test_the_lineage_reaches_the_untrained_model(four):
-    entries = checkpoint.lineage(four.directory / "balance")
+    entries = checkpoint.lineage(four.directory / STAGES[-1])
     assert [entry["stage"] for entry in entries] == list(reversed(STAGES))
     for child, parent in itertools.pairwise(entries):
         assert child["parent"] == parent["path"]

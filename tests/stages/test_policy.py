@@ -150,6 +150,41 @@ def test_clipping_acts_from_the_second_update_on(four):
     assert any(row["clip_ratio/region_mean"] > 0 for row in rows(four, "reason"))
 
 
+def test_a_batch_sampled_ahead_is_one_update_old_but_after_a_checkpoint(four):
+    assert four.config.stages["ahead"].save_steps == 2
+    ages = [row["sampling/staleness/mean"] for row in rows(four, "ahead")]
+    assert ages == [0, 1, 0, 1, 0]
+    # The policy has moved since, and the ratio says so.
+    moved = [row["sampling/sampling_logp_difference/mean"] for row in rows(four, "ahead")]
+    assert [distance > 1e-4 for distance in moved] == [age > 0 for age in ages]
+    for stage in ("reason", "balance", "refill"):
+        assert all(row["sampling/staleness/mean"] == 0 for row in rows(four, stage))
+
+
+def test_dead_groups_are_replaced_while_problems_last(four):
+    assert four.config.stages["refill"].dynamic_sampling.max_batches == 3
+    tried = [row["num_gen_batches"] for row in rows(four, "refill")]
+    assert all(1 <= batches <= 3 and batches * 8 == int(batches * 8) for batches in tried)
+    assert max(tried) > 1
+    assert all(
+        row["dead_groups"] == 0 for row in rows(four, "refill") if row["num_gen_batches"] < 3
+    )
+
+
+def test_phases_add_up_to_the_step(four):
+    for stage in ("reason", "balance", "refill"):
+        for row in rows(four, stage):
+            phases = {name: value for name, value in row.items() if name.startswith("time/")}
+            assert len(phases) == 5
+            assert 0 < sum(phases.values()) <= row["step_time"]
+            assert row["tokens_per_second/rollout"] > 0
+            tokens = row["tokens_per_second"] * row["step_time"]
+            assert tokens == pytest.approx(row["num_tokens"])
+            assert 0 <= row["padding_share"] < 1
+    extra = lambda stage: sum(row["time/logprobs"] for row in rows(four, stage))
+    assert extra("reason") > 10 * max(extra("balance"), extra("refill"))
+
+
 def test_the_distance_from_the_parent_is_measured_where_beta_asks(four):
     assert all(row["kl"] > 0 for row in rows(four, "reason"))
     assert all("kl" not in row for row in rows(four, "balance"))

@@ -15,7 +15,7 @@ from jaxrl_reason import checkpoint
 from jaxrl_reason.metrics import read_metrics
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
-from jaxrl_reason.stages.stage_config import PolicyConfig
+from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.steps import init_state, make_optimizer
 
 # Runs the command line, and dies by SIGKILL in the middle of `step` of `stage`: that step's metrics
@@ -49,7 +49,15 @@ sys.exit(main(sys.argv[4:]))
 """
 
 PACKAGE = str(Path(checkpoint.__file__).parents[1])
-KILLS = {"cold": (47, 40), "prefer": (3, 2), "reason": (4, 2), "balance": (3, 2)}
+KILLS = {
+    "cold": (47, 40),
+    "prefer": (3, 2),
+    "reason": (4, 2),
+    "balance": (3, 2),
+    "ahead": (4, 2),
+    "refill": (3, 2),
+}
+TIMES = ("step_time", "time/", "tokens_per_second", "compiles")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +95,7 @@ def killed(command) -> Path:
         assert read_metrics(folder / stage / "metrics.jsonl")[-1]["step"] == step
     done = start()
     assert done.returncode == 0, done.stderr
-    assert f"balance: going on after step {KILLS['balance'][1]}" in done.stdout
+    assert f"refill: going on after step {KILLS['refill'][1]}" in done.stdout
     return folder
 
 
@@ -124,7 +132,7 @@ def test_checkpoints_have_the_same_bits(four, killed, stage):
 def test_metrics_are_the_same_but_for_time(four, killed, stage):
     def rows(folder):
         return [
-            {k: v for k, v in row.items() if k != "step_time" and not k.startswith("time/")}
+            {k: v for k, v in row.items() if not k.startswith(TIMES)}
             for row in read_metrics(folder / stage / "metrics.jsonl")
         ]
 
@@ -144,7 +152,7 @@ def test_evaluations_and_samples_are_the_same(four, killed, stage):
 def test_lineage_is_the_same(four, killed):
     def told(folder):
         leave = ("path", "parent", "seconds")
-        metas = checkpoint.lineage(folder / "balance")
+        metas = checkpoint.lineage(folder / "refill")
         return [{k: v for k, v in meta.items() if k not in leave} for meta in metas]
 
     assert told(killed) == told(four.directory)

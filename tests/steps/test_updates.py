@@ -1,7 +1,5 @@
 """Updates: packing, microbatching and sharding change nothing; a bad gradient changes nothing."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +18,11 @@ from jaxrl_reason.sharding import (
 )
 from jaxrl_reason.steps import (
     OptimizerConfig,
-    PolicyObjective,
     init_state,
     learning_rate_schedule,
     make_optimizer,
-    make_policy_step,
     make_preference_step,
     make_sft_step,
-    model_logprobs,
     pair_logprobs,
     state_shardings,
 )
@@ -46,13 +41,7 @@ MODEL = Model(CONFIG)
 # SGD shows the gradient itself; Adam would turn rounding of tiny entries into whole steps.
 SGD = optax.sgd(1.0)
 T = 24
-OBJECTIVE = PolicyObjective(
-    loss_type="dapo",
-    options={"epsilon": 0.2, "epsilon_high": 0.3},
-    beta=0.05,
-    temperature=0.9,
-    max_completion_length=16,
-)
+SFT = make_sft_step(MODEL, SGD, logprob_chunk_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -70,44 +59,6 @@ def sft_batch(rows):
     return fill_rows(rows, T, pad_id=0)
 
 
-def policy_batch(rows, seed=0):
-    """Advantages and log-probs that belong to the document, wherever it lies in its row."""
-    batch = sft_batch(rows)
-    for name in ("advantages", "old_logprobs", "ref_logprobs"):
-        batch[name] = np.zeros(batch["tokens"].shape, np.float32)
-    for r, documents in enumerate(rows):
-        at = 0
-        for prompt, completion in documents:
-            noise = np.random.default_rng([seed, *prompt, *completion]).normal
-            here = slice(at + len(prompt), at + len(prompt) + len(completion))
-            batch["advantages"][r, here] = noise()
-            batch["old_logprobs"][r, here] = -3.4 + 0.3 * noise(size=len(completion))
-            batch["ref_logprobs"][r, here] = -3.4 + 0.4 * noise(size=len(completion))
-            at += len(prompt) + len(completion)
-    return batch
-
-
-def step_of(kind, **changes):
-    if kind == "sft":
-        return make_sft_step(MODEL, SGD, logprob_chunk_size=64)
-    if "loss_type" in changes:
-        changes = {"options": OPTIONS.get(changes["loss_type"], OBJECTIVE.options)} | changes
-    objective = dataclasses.replace(OBJECTIVE, **changes)
-    return make_policy_step(MODEL, SGD, objective, logprob_chunk_size=64)
-
-
-# Of the losses that do not take both clips.
-OPTIONS = {
-    "cispo": {"epsilon_high": 2.0},
-    "sapo": {"temperature_pos": 1.0, "temperature_neg": 1.05},
-    "vespo": {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0},
-    "triplet": {"epsilon_neg_low": 0.2, "epsilon_neg_high": 5.0, "epsilon_pos_high": 0.28},
-    "reinforce": {},
-    "gpg": {},
-    "kl_cov": {"kl_cov_ratio": 0.2, "ppo_kl_coef": 1.0},
-}
-
-
 def update(step, params, batch):
     state, metrics = jax.jit(step)(init_state(params, SGD), batch)
     moved = jax.tree.map(lambda a, b: a - b, state.params, params)
@@ -122,60 +73,42 @@ def assert_same(a, b, atol=2e-6):
     assert max(float(jnp.max(jnp.abs(x))) for x in jax.tree.leaves(a)) > 1e-4
 
 
-LOSS_TYPES = ["grpo", "dapo", "dr_grpo"]
-OTHERS = ["bnpo", "cispo", "sapo", "luspo", "vespo", "reinforce", "gspo_token", "gmpo", "triplet"]
-slow = lambda names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("kind", ["sft", *LOSS_TYPES, "gspo", *slow([*OTHERS, "gpg", "kl_cov"])])
-def test_packed_rows_give_the_update_of_separate_rows(params, kind):
+def test_packed_rows_give_the_update_of_separate_rows(params):
     docs = examples(6)
-    make = sft_batch if kind == "sft" else policy_batch
-    step = step_of("sft") if kind == "sft" else step_of("policy", loss_type=kind)
-    separate = microbatches(make([[d] for d in docs]), 1)
-    packed = microbatches(make([docs[:2], docs[2:4], docs[4:]]), 1)
-    a, metrics_a = update(step, params, separate)
-    b, metrics_b = update(step, params, packed)
-    if kind == "dr_grpo":
-        assert metrics_a["loss"] == pytest.approx(metrics_b["loss"], rel=1e-4)
+    separate = microbatches(sft_batch([[d] for d in docs]), 1)
+    packed = microbatches(sft_batch([docs[:2], docs[2:4], docs[4:]]), 1)
+    a, metrics_a = update(SFT, params, separate)
+    b, metrics_b = update(SFT, params, packed)
     assert_same(a, b)
     assert metrics_a["entropy"] == pytest.approx(metrics_b["entropy"], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["sft", *LOSS_TYPES, "gpg", *slow([*OTHERS, "gspo"])])
-def test_microbatches_of_uneven_masks_give_the_update_of_one_batch(params, kind):
+def test_microbatches_of_uneven_masks_give_the_update_of_one_batch(params):
     docs = [[d] for d in examples(8)]
-    make = sft_batch if kind == "sft" else policy_batch
-    step = step_of("sft") if kind == "sft" else step_of("policy", loss_type=kind)
-    whole, metrics = update(step, params, microbatches(make(docs), 1))
+    whole, metrics = update(SFT, params, microbatches(sft_batch(docs), 1))
     for count in (2, 8):
-        cut, cut_metrics = update(step, params, microbatches(make(docs), count))
+        cut, cut_metrics = update(SFT, params, microbatches(sft_batch(docs), count))
         assert_same(whole, cut)
         for name in metrics:
             assert cut_metrics[name] == pytest.approx(metrics[name], rel=1e-3, abs=1e-6), name
 
 
 def test_trailing_empty_microbatches_change_nothing(params):
-    batch = microbatches(policy_batch([[d] for d in examples(4)]), 2)
+    batch = microbatches(sft_batch([[d] for d in examples(4)]), 2)
     empty = jax.tree.map(lambda x: np.concatenate([x, np.zeros_like(x)]), batch)
-    assert_same(
-        update(step_of("policy"), params, batch)[0], update(step_of("policy"), params, empty)[0]
-    )
+    assert_same(update(SFT, params, batch)[0], update(SFT, params, empty)[0])
 
 
 @pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-@pytest.mark.parametrize("kind", ["sft", "policy"])
-def test_eight_devices_give_the_update_of_one(params, kind, mesh):
-    docs = [[d] for d in examples(16)]
-    batch = microbatches((sft_batch if kind == "sft" else policy_batch)(docs), 2)
-    step = step_of(kind)
-    one, metrics = update(step, params, batch)
+def test_eight_devices_give_the_update_of_one(params, mesh):
+    batch = microbatches(sft_batch([[d] for d in examples(16)]), 2)
+    one, metrics = update(SFT, params, batch)
     mesh = make_mesh(MeshConfig(**mesh))
     placement = tree_shardings(mesh, MODEL.axes(), params)
     states = state_shardings(params, SGD, placement, replicated(mesh))
     state = jax.device_put(init_state(params, SGD), states)
     sharded = jax.jit(
-        step,
+        SFT,
         in_shardings=(states, batch_sharding(mesh, batch_axis=1)),
         out_shardings=(states, replicated(mesh)),
     )
@@ -189,7 +122,7 @@ def test_eight_devices_give_the_update_of_one(params, kind, mesh):
 def test_sft_loss_counts_completion_tokens_only(params):
     docs = examples(3)
     batch = microbatches(sft_batch([[d] for d in docs]), 1)
-    _, metrics = update(step_of("sft"), params, batch)
+    _, metrics = update(SFT, params, batch)
     total = 0.0
     for prompt, completion in docs:
         tokens = jnp.asarray([prompt + completion])
@@ -288,72 +221,6 @@ def test_without_a_reference_the_reward_is_the_log_prob_that_the_loss_reads(para
     assert metrics["rewards/chosen"] == pytest.approx(0.5 * read[:, 0].mean(), rel=1e-5)
     assert metrics["rewards/rejected"] == pytest.approx(0.5 * read[:, 1].mean(), rel=1e-5)
     assert metrics["rewards/accuracies"] == np.mean(read[:, 0] > read[:, 1])
-
-
-def test_clip_cov_draws_by_step_and_microbatch(params):
-    options = {"epsilon": 0.2, "clip_cov_ratio": 0.3, "clip_cov_lb": -9.0, "clip_cov_ub": 9.0}
-    objective = dataclasses.replace(OBJECTIVE, loss_type="clip_cov", options=options)
-    frozen = optax.sgd(0.0)
-    step = jax.jit(make_policy_step(MODEL, frozen, objective, logprob_chunk_size=64))
-    rows = policy_batch([[d] for d in examples(4)])
-    twice = jax.tree.map(lambda x: np.stack([x, x]), rows)
-    start = init_state(params, frozen)
-    state, first = step(start, twice)
-    _, again = step(start, twice)
-    _, second = step(state, twice)
-    assert first["loss"] == again["loss"] != second["loss"]
-    assert first["clip_ratio/region_mean"] == second["clip_ratio/region_mean"] > 0.2
-    _, alone = step(start, jax.tree.map(lambda x: x[None], rows))
-    assert alone["loss"] != first["loss"]  # the second half of `first` is the same rows
-
-
-def test_the_share_of_tokens_far_from_the_sampler_is_counted(params):
-    docs = [[d] for d in examples(4)]
-    batch = policy_batch(docs)
-    mask = batch["completion_mask"]
-    near = np.asarray(_logprobs(params, batch))
-    far = np.random.default_rng(0).random(mask.shape) < 0.5
-    for shift in (0.8, -0.8):  # the ratio is 0.45 or 2.2
-        batch["old_logprobs"] = near + np.where(far, shift, 0.6).astype(np.float32)
-        _, metrics = update(step_of("policy", beta=0.0), params, microbatches(batch, 2))
-        share = metrics["sampling/importance_sampling_ratio/outside_share"]
-        assert share == pytest.approx(far[mask].mean())
-
-
-def test_policy_gradient_at_ratio_one_is_reinforce(params):
-    docs = examples(4)
-    batch = policy_batch([[d] for d in docs])
-    score = lambda p: _weighted_logprobs(p, batch)
-    wanted = jax.grad(score)(params)
-    batch["old_logprobs"] = np.asarray(_logprobs(params, batch))
-    moved, metrics = update(step_of("policy", beta=0.0), params, microbatches(batch, 1))
-    assert_same(moved, wanted)
-    assert metrics["clip_ratio/region_mean"] == 0
-    assert metrics["sampling/sampling_logp_difference/mean"] < 1e-5
-
-
-def _logprobs(params, batch):
-    arrays = {n: jnp.asarray(batch[n]) for n in ("tokens", "positions", "segment_ids")}
-    return model_logprobs(MODEL, params, **arrays, temperature=0.9, chunk_size=64)[0]
-
-
-def _weighted_logprobs(params, batch):
-    mask = batch["completion_mask"].astype(np.float32)
-    return jnp.sum(_logprobs(params, batch) * batch["advantages"] * mask) / mask.sum()
-
-
-def test_a_nonfinite_gradient_is_skipped_and_counted(params):
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1e-2), 5)
-    step = jax.jit(make_policy_step(MODEL, optimizer, OBJECTIVE, logprob_chunk_size=64))
-    batch = microbatches(policy_batch([[d] for d in examples(2)]), 1)
-    state, metrics = step(init_state(params, optimizer), batch)
-    assert metrics["nonfinite_steps"] == 0
-    bad = dict(batch, advantages=np.where(batch["completion_mask"], np.inf, 0).astype(np.float32))
-    skipped, metrics = step(state, bad)
-    assert metrics["nonfinite_steps"] == 1
-    for a, b in zip(jax.tree.leaves(skipped.params), jax.tree.leaves(state.params), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert int(skipped.step) == 2
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,19 @@ def _chunked(hidden, unembedding, tokens, *, chunk_size, temperature=1.0):
     return _logprobs(np.einsum("btd,dv->btv", hidden, unembedding), tokens, temperature=temperature)
 
 
+def _targets(hidden, unembedding, targets, *, chunk_size, temperature=1.0, count=T):
+    """Each target from the logits in its own column; none from column `count` on."""
+    logits = np.pad(np.einsum("bmd,dv->bmv", hidden, unembedding), ((0, 0), (0, 1), (0, 0)))
+    pair = _logprobs(logits, np.pad(targets, ((0, 0), (1, 0))), temperature=temperature)
+    return tuple(np.where(np.arange(T) < count, x[:, 1:], 0) for x in pair)
+
+
+def _counted(rng, count):
+    arrays = _hidden(rng, V)
+    arrays["targets"] = arrays.pop("tokens")
+    return {**arrays, "count": np.asarray(count, np.int32)}
+
+
 _REDUCED = {
     "inputs": _values,
     "moving": ("values",),
@@ -196,6 +209,15 @@ CASES = (
     ),
     Case(
         function="chunked_token_logprobs",
+        label="warm",
+        inputs=functools.partial(_hidden, vocabulary=V),
+        options={"chunk_size": 17},
+        oracle=_chunked,
+        moving=("hidden", "unembedding"),
+        knobs={"temperature": 0.8},
+    ),
+    Case(
+        function="chunked_token_logprobs",
         label="array_temperature",
         inputs=lambda rng: {**_hidden(rng, V), "temperature": np.asarray(0.8)},
         options={"chunk_size": 17},
@@ -210,5 +232,28 @@ CASES = (
         options={"chunk_size": 17, "temperature": 0.8},
         oracle=_chunked,
         moving=("hidden", "unembedding"),
+    ),
+    # Columns that nobody wants: none, some, all but one, and all; in blocks and at once.
+    *(
+        Case(
+            function="chunked_target_logprobs",
+            label=f"{count}_columns_{chunk_size}",
+            inputs=functools.partial(_counted, count=count),
+            options={"chunk_size": chunk_size, "temperature": 0.8},
+            keywords=("count",),
+            oracle=_targets,
+            moving=("hidden", "unembedding"),
+            knobs={"temperature": 1.0},
+        )
+        for count, chunk_size in ((3, 17), (4, 1000), (5, 17), (T, 17), (T, 1000))
+    ),
+    Case(
+        function="chunked_target_logprobs",
+        label="all_columns",
+        inputs=lambda rng: _hidden(rng, V),
+        options={"chunk_size": 17},
+        oracle=_targets,
+        moving=("hidden", "unembedding"),
+        knobs={"temperature": 0.8},
     ),
 )

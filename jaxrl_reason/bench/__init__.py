@@ -1,0 +1,1 @@
+"""The standard workloads, and what it takes to time them here and beside other libraries."""

@@ -1,0 +1,139 @@
+"""Attention of whole rows, without a cache: one function, and the backend that suits the device.
+
+Every backend computes `attend` with `row_mask`; only outputs at padding differ, which nobody reads.
+Each has a plan, made once from the ids of the rows and used by all layers, and a function from
+queries, keys, values and plan. Leaves of a plan are [B, ...], so that on a mesh it is cut as the
+rows are.
+
+On several devices the loops and kernels run inside `jax.shard_map`: rows over `data` and `fsdp`,
+heads over `tensor`. The mesh is the one that the caller has set (`jax.set_mesh`); where none is set
+and there are several devices, "auto" is the plain backend, which XLA partitions by itself.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jaxtyping import Array, Int
+
+from jaxrl_reason.models.attention import MixRows, attend, row_mask
+from jaxrl_reason.models.attention_blockwise import BLOCK, attend_blocks, plan_blocks
+from jaxrl_reason.models.attention_cudnn import attend_cudnn, plan_cudnn
+from jaxrl_reason.models.attention_splash import attend_splash, plan_splash
+from jaxrl_reason.models.config import ModelConfig
+
+ROW_AXES = ("data", "fsdp")
+HEAD_AXES = ("tensor",)
+
+
+class Backend(NamedTuple):
+    """One way to compute attention of whole rows."""
+
+    plan: Callable[[Array, Array | None], Any]
+    attend: Callable[[Array, Array, Array, Any], Array]
+
+
+BACKENDS: dict[str, Backend] = {
+    "plain": Backend(row_mask, attend),
+    "blockwise": Backend(plan_blocks, attend_blocks),
+    "cudnn": Backend(plan_cudnn, attend_cudnn),
+    "splash": Backend(plan_splash, attend_splash),
+}
+
+
+def row_attention(
+    config: ModelConfig,
+    segment_ids: Int[Array, "B T"],
+    branch_ids: Int[Array, "B T"] | None = None,
+) -> MixRows:
+    """Attention of these rows, for every layer.
+
+    Raises:
+        ValueError: the configuration names a backend that cannot run here.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, length = segment_ids.shape
+    name = choose_backend(config, (rows, length), mesh)
+    backend = BACKENDS[name]
+    mix = backend.attend if name == "plain" else _per_device(backend.attend, mesh)
+    plan = backend.plan(segment_ids, branch_ids)
+    return lambda queries, keys, values: mix(queries, keys, values, plan)
+
+
+def choose_backend(config: ModelConfig, shape: tuple[int, int], mesh: AbstractMesh) -> str:
+    """The name of the backend for rows of a shape [B, T] on a mesh (empty where none is set).
+
+    Raises:
+        ValueError: the configuration names a backend that cannot run here.
+    """
+    platform = _platform(mesh)
+    refused = functools.partial(_refusal, config=config, shape=shape, mesh=mesh, platform=platform)
+    if config.attention == "auto":
+        best = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}.get(platform, "plain")
+        short = best == "blockwise" and shape[1] <= BLOCK
+        unknown = mesh.empty and jax.device_count() > 1
+        return "plain" if short or unknown or refused(best) else best
+    reason = refused(config.attention)
+    if reason:
+        raise ValueError(f"attention={config.attention!r} cannot run here: {reason}; {_REMEDY}")
+    return config.attention
+
+
+_REMEDY = 'change that, or set attention to "auto" or "plain"'
+
+
+def _refusal(name: str, *, config: ModelConfig, shape, mesh: AbstractMesh, platform: str) -> str:
+    """Why a backend cannot run, or an empty string."""
+    if name == "plain":
+        return ""
+    if name == "cudnn" and platform != "gpu":
+        return f"it needs an NVIDIA GPU and the platform is {platform!r}"
+    if name == "splash" and platform != "tpu":
+        return f"it needs a TPU and the platform is {platform!r}"
+    if name == "cudnn" and config.dtype != "bfloat16":
+        return f'it needs dtype="bfloat16" and dtype is {config.dtype!r}'
+    if name == "cudnn" and (config.head_dim % 8 or config.head_dim > 128):
+        return f"it needs a head_dim that is a multiple of 8 up to 128, and it is {config.head_dim}"
+    return _uneven(config, shape[0], mesh)
+
+
+def _uneven(config: ModelConfig, rows: int, mesh: AbstractMesh) -> str:
+    over_rows, over_heads = (_size(mesh, axes) for axes in (ROW_AXES, HEAD_AXES))
+    if rows % over_rows:
+        return f"{rows} rows do not divide over {over_rows} devices"
+    if config.num_key_value_heads % over_heads:
+        return f"{config.num_key_value_heads} key heads do not divide over {over_heads} devices"
+    return ""
+
+
+def _platform(mesh: AbstractMesh) -> str:
+    """Of the mesh, which may belong to devices that are not here; of this process otherwise."""
+    device = None if mesh.empty else mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    rocm = platform == "gpu" and "rocm" in jax.devices()[0].client.platform_version
+    return "rocm" if rocm else platform
+
+
+def _automatic(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the axes which the mesh has and no enclosing `shard_map` has taken."""
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    return tuple(axis for axis in axes if types.get(axis, AxisType.Manual) != AxisType.Manual)
+
+
+def _size(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in _automatic(mesh, axes))
+
+
+def _per_device(attend_rows: Callable, mesh: AbstractMesh) -> Callable:
+    """Each device attends on its own rows and heads."""
+    if mesh.empty or mesh.size == 1 or not _automatic(mesh, mesh.axis_names):
+        return attend_rows
+    rows = PartitionSpec(_automatic(mesh, ROW_AXES))
+    heads = PartitionSpec(_automatic(mesh, ROW_AXES), None, _automatic(mesh, HEAD_AXES))
+    # The loops start from constants and Pallas declares no varying axes: no check of replication.
+    return jax.shard_map(
+        attend_rows, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )

@@ -1,0 +1,180 @@
+"""Decoding over pages of keys and values: memory follows the tokens, the cache is read in place.
+
+A page holds W consecutive tokens of one sequence, for all heads of a layer. There are two kinds:
+pages of a context (a prompt), read by all the rows that continue it, and pages of a row's own
+tokens. Which row reads which page is data (`PageTable`), so rows come, go and move without a copy
+of what they have seen.
+
+Usual paged attention gathers the pages of every row and so copies the cache at every step. Here the
+*queries* are gathered, one set for every page, and they are tiny: each page answers those of its
+readers (a shared page is read once for all of them), and a row then merges the partial softmaxes
+of its pages. Keys lie with their tokens innermost, so that scores are sums over contiguous memory.
+
+Einsum alphabet: R rows, A context pages, Q readers of a context page, N own pages, W tokens of a
+page, E pages of a row, K key/value heads, G query heads of each, H head size.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_reason.models.config import ModelConfig
+
+_NEVER = float(jnp.finfo(jnp.float32).min)
+
+
+class Pages(NamedTuple):
+    """Keys and values by layer; separate arrays, so that a step updates each in place."""
+
+    context_keys: tuple[Float[Array, "A K H W"], ...]
+    context_values: tuple[Float[Array, "A K W H"], ...]
+    own_keys: tuple[Float[Array, "N K H W"], ...]
+    own_values: tuple[Float[Array, "N K W H"], ...]
+
+
+class PageTable(NamedTuple):
+    """Who reads what. Indices one past the end stand for none."""
+
+    readers: Int[Array, "A Q"]
+    """Rows that read a context page."""
+    context_tokens: Int[Array, " A"]
+    """Tokens in a context page."""
+    owners: Int[Array, " N"]
+    """Row of an own page."""
+    numbers: Int[Array, " N"]
+    """Place of an own page among its row's: page i has the row's own tokens from i W on."""
+    of_row: Int[Array, "R E"]
+    """Pages of a row: a Q + q for its place q among the readers of context page a, A Q + n for own
+    page n."""
+    writing: Int[Array, "R 2"]
+    """Own page of the next token, and the own page after it."""
+
+
+def empty_pages(config: ModelConfig, context: int, own: int, size: int) -> Pages:
+    """Pages without tokens: how many for contexts, how many own ones, and their tokens."""
+    heads, width = config.num_key_value_heads, config.head_dim
+    layers = range(config.num_hidden_layers)
+    zeros = lambda *shape: tuple(jnp.zeros(shape, jnp.dtype(config.dtype)) for _ in layers)
+    return Pages(
+        zeros(context, heads, width, size),
+        zeros(context, heads, size, width),
+        zeros(own, heads, width, size),
+        zeros(own, heads, size, width),
+    )
+
+
+def write_contexts(
+    pages: Pages,
+    keys: Float[Array, "L B S K H"],
+    values: Float[Array, "L B S K H"],
+    places: Int[Array, " P"],
+) -> Pages:
+    """Put rows of prefilled tokens into context pages; piece p of the B S / W goes to places[p]."""
+    size = pages.context_keys[0].shape[-1]
+    heads, width = keys.shape[-2:]
+    cut = lambda x: x.reshape(x.shape[0], -1, size, heads, width)
+    put = lambda old, new: old.at[places].set(new.astype(old.dtype), mode="drop")
+    layers = range(len(pages.context_keys))
+    new_keys, new_values = cut(keys).transpose(0, 1, 3, 4, 2), cut(values).transpose(0, 1, 3, 2, 4)
+    return pages._replace(
+        context_keys=tuple(put(pages.context_keys[i], new_keys[i]) for i in layers),
+        context_values=tuple(put(pages.context_values[i], new_values[i]) for i in layers),
+    )
+
+
+def attend_pages(
+    queries: Float[Array, "R 1 N H"],
+    keys: Float[Array, "R 1 K H"],
+    values: Float[Array, "R 1 K H"],
+    layer: int,
+    pages: Pages,
+    table: PageTable,
+    before: Int[Array, " R"],
+    boundary: Int[Array, " R"],
+) -> tuple[Float[Array, "R 1 N H"], tuple[Array, Array]]:
+    """One token of every row: its keys and values are written, then it looks at its pages.
+
+    Args:
+        queries: of the token.
+        keys: of the token.
+        values: of the token.
+        layer: which layer's pages.
+        pages: of all layers.
+        table: who reads what.
+        before: the row's own tokens written so far.
+        boundary: number of own tokens before the page `table.writing[:, 0]`.
+
+    Returns:
+        The mixed values, and the layer's own keys and values with the token added.
+    """
+    rows, _, heads, width = queries.shape
+    kv_heads = keys.shape[2]
+    size = pages.own_keys[layer].shape[-1]
+    place = jnp.take_along_axis(table.writing, (before - boundary)[:, None] // size, axis=1)[:, 0]
+    slot = before % size
+    store = lambda old, at, new: old.at[at].set(new[:, 0].astype(old.dtype), mode="drop")
+    own_keys = store(pages.own_keys[layer], (place, slice(None), slice(None), slot), keys)
+    own_values = store(pages.own_values[layer], (place, slice(None), slot), values)
+
+    grouped = queries.reshape(rows, kv_heads, heads // kv_heads, width)
+    slots = jnp.arange(size, dtype=jnp.int32)[None]
+    written = jnp.take(before, table.owners, mode="clip") + 1 - table.numbers * size
+    own = _answer(
+        jnp.take(grouped, table.owners[:, None], axis=0, mode="clip"),
+        own_keys,
+        own_values,
+        slots < written[:, None],
+    )
+    context = _answer(
+        jnp.take(grouped, table.readers, axis=0, mode="clip"),
+        pages.context_keys[layer],
+        pages.context_values[layer],
+        slots < table.context_tokens[:, None],
+    )
+    parts = jax.tree.map(lambda c, o: jnp.concatenate([c, o]), context, own)
+    mixed = _merge(parts, table.of_row).astype(queries.dtype)
+    return mixed.reshape(rows, 1, heads, width), (own_keys, own_values)
+
+
+class _Part(NamedTuple):
+    """A softmax over the tokens of one page, not yet normalised, for each of its readers."""
+
+    top: Float[Array, "P K G"]
+    total: Float[Array, "P K G"]
+    mixed: Float[Array, "P K G H"]
+
+
+def _answer(
+    queries: Float[Array, "A Q K G H"],
+    keys: Float[Array, "A K H W"],
+    values: Float[Array, "A K W H"],
+    visible: Bool[Array, "A W"],
+) -> _Part:
+    pages, readers, kv_heads, groups, width = queries.shape
+    by_head = queries.swapaxes(1, 2).reshape(pages, kv_heads, readers * groups, width)
+    scores = jnp.einsum("akqh,akhw->akqw", by_head, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(visible[:, None, None], scores * jnp.float32(width**-0.5), _NEVER)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - top[..., None])
+    total = jnp.sum(weights, axis=-1)
+    mixed = jnp.einsum(
+        "akqw,akwh->akqh", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+
+    def by_reader(x):
+        x = x.reshape(pages, kv_heads, readers, groups, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(pages * readers, *x.shape[2:])
+
+    return _Part(by_reader(top), by_reader(total), by_reader(mixed))
+
+
+def _merge(parts: _Part, of_row: Int[Array, "R E"]) -> Float[Array, "R K G H"]:
+    take = lambda x, fill: jnp.take(x, of_row, axis=0, mode="fill", fill_value=fill)
+    tops = take(parts.top, _NEVER)
+    shares = jnp.exp(tops - jnp.max(tops, axis=1, keepdims=True))
+    # A row without pages is nobody's; a total of 1 keeps it finite.
+    total = jnp.sum(shares * take(parts.total, 1.0), axis=1)
+    mixed = jnp.sum(shares[..., None] * take(parts.mixed, 0.0), axis=1)
+    return mixed / total[..., None]

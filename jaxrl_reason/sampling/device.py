@@ -1,0 +1,239 @@
+"""The device's side of sampling: sizes, compiled programs, and where arrays lie on the mesh."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.models import Model, Pages, Params, empty_pages
+from jaxrl_reason.sampling.batch import Batch, Prefill
+from jaxrl_reason.sampling.decode import DecodeOptions, Dispatch, Drawn, decode, prefill
+from jaxrl_reason.sampling.filters import SamplingConfig
+from jaxrl_reason.sampling.shapes import Level, Programs, make_levels
+
+FEWEST_ROWS = 8
+PREFILL_TOKENS = 8192
+BIASED_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """Everything about sampling that is fixed for a stage, and the programs that follow from it."""
+
+    model: Model
+    mesh: Mesh
+    sampling: SamplingConfig
+    stop_ids: tuple[int, ...]
+    """A completion ends with any of these tokens."""
+    max_prompt_length: int
+    max_completion_length: int
+    max_rows: int
+    """Completions in flight at once."""
+    group_size: int = 1
+    """Completions of a prompt that are usually asked for together."""
+    max_contexts: int | None = None
+    """Prompts in flight at once; by default, as many as fill the rows with whole groups."""
+    steps_per_dispatch: int = 16
+    """Decode steps between two looks of the host."""
+    page_size: int = 64
+    """Tokens of a page of keys and values."""
+    detokenize: Callable[[Sequence[int]], str] | None = None
+    """Tokens to text; needed for stop strings only."""
+
+    def __post_init__(self):
+        room = self.model.config.max_position_embeddings
+        if self.max_prompt_length + self.max_completion_length > room:
+            raise InputError(
+                f"max_prompt_length={self.max_prompt_length} plus max_completion_length="
+                f"{self.max_completion_length} exceeds the model's max_position_embeddings={room}"
+            )
+        for name in ("max_rows", "group_size", "steps_per_dispatch", "page_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    @functools.cached_property
+    def programs(self) -> Programs:
+        """The compiled programs, counted."""
+        return Programs((self.model, self.mesh, self._options, self.page_size, self.pages_per_row))
+
+    @property
+    def _options(self) -> DecodeOptions:
+        return DecodeOptions(
+            most_steps=self.most_steps, sampling=self.sampling, stop_ids=self.stop_ids
+        )
+
+    @property
+    def most_steps(self) -> int:
+        """Decode steps of a dispatch: never more than a page has tokens."""
+        return min(self.steps_per_dispatch, self.page_size, self.max_completion_length)
+
+    @property
+    def most_tokens(self) -> int:
+        """The longest prompt with the longest completion."""
+        return self.max_prompt_length + self.max_completion_length
+
+    @property
+    def pages_per_row(self) -> int:
+        """Pages that one completion may read: its context's and its own, each rounded up."""
+        return self.pages(self.most_tokens) + 1
+
+    @functools.cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """The sizes that the arrays may have, the largest first."""
+        groups = -(-self.max_rows // self.group_size)
+        return make_levels(
+            rows=self.max_rows,
+            group_size=min(self.group_size, self.max_rows),
+            contexts=self.max_contexts or groups,
+            pages_per_context=self.pages(self.max_prompt_length - 1),
+            longest_context=self.pages(self.most_tokens),
+            pages_per_row=self.pages(self.max_completion_length),
+            multiple=self.devices,
+            fewest_rows=FEWEST_ROWS,
+        )
+
+    @property
+    def devices(self) -> int:
+        """Rows divide over this many devices."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def pages(self, tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-tokens // self.page_size)
+
+    def batch(self, level: Level, own_pages: int) -> Batch:
+        """A batch without completions."""
+        return Batch(level, own_pages, self.page_size, self.pages_per_row)
+
+    def empty_pages(self, level: Level, own_pages: int) -> Pages:
+        """Pages without tokens, where they lie on the mesh."""
+        return self.empty_program(level, own_pages)()
+
+    def empty_program(self, level: Level, own_pages: int) -> Callable[[], Pages]:
+        """What makes `empty_pages`."""
+        make = functools.partial(self._make_pages, level, own_pages)
+        lower = lambda: jax.jit(make, out_shardings=self._page_sharding).lower()
+        return self.programs.get(("empty", level.context_pages, own_pages), lower)
+
+    def pages_like(self, level: Level, own_pages: int) -> Pages:
+        """Shapes with shardings, to compile for."""
+        like = lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=self._page_sharding.own_keys
+        )
+        return jax.tree.map(like, jax.eval_shape(lambda: self._make_pages(level, own_pages)))
+
+    def _make_pages(self, level: Level, own_pages: int) -> Pages:
+        return empty_pages(self.model.config, level.context_pages, own_pages, self.page_size)
+
+    def place(self, params: Params) -> Params:
+        """Parameters where decoding reads them: in place, or gathered once if cut over `fsdp`.
+
+        A decode step reads every parameter for a single token of each row. Cut over `fsdp` it would
+        gather all of them at every step.
+        """
+        if self.mesh.shape["fsdp"] == 1:
+            return params
+
+        def gathered(x):
+            spec = [None if axis == "fsdp" else axis for axis in x.sharding.spec]
+            return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+        shardings = jax.tree.map(gathered, params)
+        lower = lambda: jax.jit(lambda p: p, out_shardings=shardings).lower(params)
+        return self.programs.get(("gather",), lower)(params)
+
+    def run_decode(
+        self, params: Params, level: Level, pages: Pages, dispatch: Dispatch
+    ) -> tuple[Drawn, Pages]:
+        """`decode` by its compiled program; `pages` are donated."""
+        return self.decode_program(params, level, pages, dispatch)(params, pages, dispatch)
+
+    def decode_program(self, params: Params, level: Level, pages: Pages, dispatch: Dispatch):
+        """`decode` for arguments of these shapes."""
+        by_row = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        whole = self._replicated
+
+        def lower():
+            function = jax.jit(
+                functools.partial(decode, self.model, self._options),
+                in_shardings=(
+                    None,
+                    self._page_sharding,
+                    Dispatch(by_row, whole, whole, whole, whole, whole),
+                ),
+                out_shardings=(whole, self._page_sharding),
+                donate_argnums=1,
+            )
+            return function.lower(params, pages, dispatch)
+
+        own = pages.own_keys[0].shape[0]
+        sizes = (level.rows, level.context_pages, level.readers, own)
+        name = ("decode", *sizes, dispatch.bias is not None)
+        return self.programs.get(name, lower)
+
+    def run_prefill(self, params: Params, pages: Pages, group: Prefill) -> Pages:
+        """`prefill` by its compiled program; `pages` are donated."""
+        context = pages._replace(own_keys=(), own_values=())
+        written = self.prefill_program(params, context, group)(params, context, *group)
+        return written._replace(own_keys=pages.own_keys, own_values=pages.own_values)
+
+    def prefill_program(self, params: Params, context: Pages, group: Prefill):
+        """`prefill` for arguments of these shapes; pages without own ones."""
+        sharding = self._page_sharding._replace(own_keys=None, own_values=None)
+        rows, length = group.tokens.shape
+        by_row = self._replicated
+        if rows % self.devices == 0:
+            by_row = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+
+        def lower():
+            function = jax.jit(
+                functools.partial(prefill, self.model),
+                in_shardings=(None, sharding, by_row, by_row, by_row, self._replicated),
+                out_shardings=sharding,
+                donate_argnums=1,
+            )
+            with jax.set_mesh(self.mesh):  # attention of whole rows is cut over it
+                return function.lower(params, context, *group)
+
+        name = ("prefill", context.context_keys[0].shape[0], rows, length)
+        return self.programs.get(name, lower)
+
+    def run_move(self, pages: Pages, context: np.ndarray, own: np.ndarray) -> Pages:
+        """The pages with these indices, in this order; an index past the end gives an empty page.
+
+        Array by array, because sizes of the two kinds would otherwise multiply to many programs.
+        """
+        indices = Pages(context, context, own, own)
+        moved = lambda array, at: self.move_program(array, at)(array, at)
+        each = lambda arrays, at: tuple(moved(array, at) for array in arrays)
+        return Pages(*map(each, pages, indices))
+
+    def move_program(self, array, at: np.ndarray):
+        """`jnp.take` for arguments of these shapes."""
+        take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+        sharding = self._page_sharding.own_keys
+        lower = lambda: jax.jit(take, out_shardings=sharding).lower(array, at)
+        return self.programs.get(("move", *array.shape, len(at)), lower)
+
+    @property
+    def prefill_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Numbers of rows, and lengths of a row, that contexts are prefilled in."""
+        lengths = {self.pages(max(1, self.max_prompt_length - 1)), self.pages(self.most_tokens)}
+        rows, most = [1], max(1, min(self.max_rows, PREFILL_TOKENS // self.most_tokens))
+        while rows[-1] < most:
+            rows.append(2 * rows[-1])
+        return tuple(rows), tuple(sorted(n * self.page_size for n in lengths))
+
+    @functools.cached_property
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def _page_sharding(self) -> Pages:
+        sharding = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"), "tensor"))
+        return Pages(sharding, sharding, sharding, sharding)

@@ -1,0 +1,137 @@
+"""Reading completions and rewarding them: what runs in the processes of `reward_workers`.
+
+Nothing here loads JAX, so that a worker starts fast and takes no device.
+"""
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
+
+from jaxrl_reason.data.tokenizer import PreTrainedTokenizerFast, decode_completion
+from jaxrl_reason.rewards import (
+    RewardFunction,
+    Scores,
+    accuracy,
+    format_followed,
+    load_function,
+    make_length_reward,
+    make_overlong_reward,
+    score,
+    score_async,
+)
+from jaxrl_reason.stages.reward_config import (
+    AnyReward,
+    PythonReward,
+    Scope,
+    reward_name,
+    reward_scope,
+)
+from jaxrl_reason.tasks import Problem, Task, Verdict
+
+
+class Read(NamedTuple):
+    """A completion as rewards see it."""
+
+    problem: Problem
+    ids: list[int]
+    text: str
+    verdict: Verdict
+
+
+class Judge:
+    """Rewards of completions, by what a reward function is given at once.
+
+    Has no state that a result depends on: the same completion gets the same rewards in any process.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerFast,
+        rewards: Sequence[AnyReward],
+        *,
+        max_completion_length: int,
+    ):
+        self._task = task
+        self._tokenizer = tokenizer
+        self._rewards = tuple(rewards)
+        self._longest = max_completion_length
+
+    @property
+    def names(self) -> list[str]:
+        """The rewards in order."""
+        return [reward_name(reward) for reward in self._rewards]
+
+    def columns(self, scope: Scope, *, is_async: bool) -> list[int]:
+        """Which rewards have a scope and are coroutines or are not."""
+        names = self.names
+        return [names.index(name) for name in self._functions[scope, is_async]]
+
+    def read_and_score(self, number: int, problem: Problem, ids: list[int]) -> tuple[Read, Scores]:
+        """A completion's text, the verdict on it, and its plain rewards of scope `completion`.
+
+        Args:
+            number: of the completion in messages.
+            problem: what it answers.
+            ids: its token ids, the stop token included.
+        """
+        text = decode_completion(self._tokenizer, ids)
+        read = Read(problem, ids, text, self._task.verify(problem, text))
+        return read, self.score("completion", [read], number)
+
+    def score(self, scope: Scope, reads: Sequence[Read], first: int | None) -> Scores:
+        """The plain rewards of a scope; `first` is the number of the first completion."""
+        return score(self._functions[scope, False], **_arguments(reads), first=first)
+
+    async def score_async(self, scope: Scope, reads: Sequence[Read], first: int | None) -> Scores:
+        """The async rewards of a scope."""
+        return await score_async(self._functions[scope, True], **_arguments(reads), first=first)
+
+    @functools.cached_property
+    def _functions(self) -> dict[tuple[Scope, bool], dict[str, RewardFunction]]:
+        functions = reward_functions(self._rewards, max_completion_length=self._longest)
+        table = {(scope, mode): {} for scope in get_args(Scope) for mode in (False, True)}
+        for reward, (name, function) in zip(self._rewards, functions.items(), strict=True):
+            is_async = inspect.iscoroutinefunction(function)
+            table[reward_scope(reward), is_async][name] = function
+        return table
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Functions may be of any kind; a worker imports them by name.
+        return {name: value for name, value in vars(self).items() if name != "_functions"}
+
+
+def reward_functions(
+    rewards: Sequence[AnyReward], *, max_completion_length: int
+) -> dict[str, RewardFunction]:
+    """The configured rewards by name, in order.
+
+    Raises:
+        InputError: there is no such module or function.
+    """
+
+    def function(reward: AnyReward) -> RewardFunction:
+        if isinstance(reward, PythonReward):
+            return load_function(reward.function)
+        if reward.kind == "length":
+            return make_length_reward(reward.low, reward.high)
+        if reward.kind == "overlong":
+            return make_overlong_reward(reward.cache, max_completion_length)
+        return {"accuracy": accuracy, "format": format_followed}[reward.kind]
+
+    return {reward_name(reward): function(reward) for reward in rewards}
+
+
+def _arguments(reads: Sequence[Read]) -> Mapping[str, Any]:
+    """What `score` passes on to a function."""
+    return {
+        "prompts": [read.problem.prompt for read in reads],
+        "completions": [read.text for read in reads],
+        "completion_ids": [read.ids for read in reads],
+        "columns": {
+            "verdict": [read.verdict for read in reads],
+            "problem": [read.problem for read in reads],
+            "answer": [read.problem.answer for read in reads],
+        },
+    }

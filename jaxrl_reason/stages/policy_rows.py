@@ -1,0 +1,172 @@
+"""Completions of a step in the rows that a policy update reads."""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+
+from jaxrl_reason.data.groups import Document, GroupRows, fill_groups, pack_groups
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.losses import LOSS_TYPES
+from jaxrl_reason.sharding import batch_multiple, place_batch
+
+_LONG_ROW = 1024
+_WHOLE_GROUP = 2048
+_TILE = 128
+
+
+class Completions(Protocol):
+    """What is read of a rollout; `sampling.Rollout` has it."""
+
+    prompts: list[list[int]]
+    num_generations: int
+    tokens: Int[np.ndarray, "B C"]
+    completion_mask: Bool[np.ndarray, "B C"]
+    sampled: Bool[np.ndarray, "B C"]
+    sampling_logprobs: Float[np.ndarray, "B C"]
+    kept_logmass: Float[np.ndarray, "B C"]
+
+
+def may_drop(loss_type: str, *, beta: float) -> bool:
+    """Whether completions without advantage can be left out of an update, which stays the same."""
+    return beta == 0 and LOSS_TYPES[loss_type].separable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PolicyRows:
+    """Packs completions into rows of one shape, in which a prompt stands once for its group."""
+
+    mesh: Mesh
+    """Devices that the rows of a microbatch are cut over."""
+    pad_id: int
+    """Id of unused tokens."""
+    max_prompt_length: int
+    """Longest prompt, in tokens."""
+    max_completion_length: int
+    """Longest completion, in tokens."""
+    completions: int
+    """Most completions of a step."""
+    num_generations: int
+    """Most completions of a group."""
+    microbatch_tokens: int
+    """Tokens of a microbatch, rounded down to whole rows of every device, but at least one."""
+    drop: bool
+    """Leave out completions whose advantage is 0. Only for what `may_drop` allows."""
+    row_length: int | None = None
+    """Tokens of a row; by default a group's, from 1024 to 2048 if the lengths above allow it."""
+    prefix_sharing: bool = True
+    """False gives every completion its own row with its own prompt, the plain layout."""
+
+    def __post_init__(self):
+        longest = self.max_prompt_length + self.max_completion_length
+        if self.row_length is not None and self.row_length < longest:
+            raise InputError(
+                f"row_length={self.row_length} is less than max_prompt_length="
+                f"{self.max_prompt_length} plus max_completion_length="
+                f"{self.max_completion_length}; raise it to at least {longest}"
+            )
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, T."""
+        longest = self.max_prompt_length + self.max_completion_length
+        if self.row_length is not None:
+            return self.row_length
+        if not self.prefix_sharing:
+            return longest
+        group = self.max_prompt_length + self.num_generations * self.max_completion_length
+        # Longer rows than the devices have tokens for would stay empty.
+        groups = self.completions / self.num_generations
+        share = math.ceil(groups * group / batch_multiple(self.mesh))
+        wanted = group if group <= _WHOLE_GROUP else _LONG_ROW
+        return _TILE * math.ceil(max(longest, min(wanted, share)) / _TILE)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Microbatches of a batch and rows of a microbatch: enough for any lengths."""
+        devices = batch_multiple(self.mesh)
+        rows = devices * max(1, self.microbatch_tokens // (self.length * devices))
+        longest = self.max_prompt_length + self.max_completion_length
+        together = self.length // longest if self.prefix_sharing else 1
+        return math.ceil(math.ceil(self.completions / together) / rows), rows
+
+    def place(
+        self,
+        rollout: Completions,
+        advantages: Float[np.ndarray, " B"],
+        counts: Bool[np.ndarray, " B"] | None = None,
+    ) -> tuple[dict[str, jax.Array], dict[str, float]]:
+        """A batch as `make_policy_step` reads it, on the mesh.
+
+        Every batch has one shape, whatever its lengths; microbatches that stay empty are the last
+        ones and cost nothing.
+
+        Args:
+            rollout: completions, those of a prompt consecutive.
+            advantages: one of each completion.
+            counts: completions that count in the loss; all by default.
+
+        Returns:
+            The arrays, and `tokens` (prompts and completions in the rows), `counted` (of them under
+            the mask of the loss), `padding_share` (of the slots that are worked on),
+            `dropped_completions` and `dropped_groups` (that nothing is left of).
+        """
+        counted = rollout.completion_mask & rollout.sampled
+        if counts is not None:
+            counted = counted & counts[:, None]
+        sizes = counted.sum(axis=1)
+        dropped = (sizes > 0) & (advantages == 0) & self.drop
+        kept = (sizes > 0) & ~dropped
+        made, used = self._fill(rollout, counted, kept)
+        batch = made.batch
+        batch["advantages"] = made.spread(advantages)
+        batch["sampling_logprobs"] = made.spread(rollout.sampling_logprobs + rollout.kept_logmass)
+        batch["old_logprobs"] = batch["sampling_logprobs"]
+        batch["importance_weights"] = made.spread(np.ones(len(advantages)))
+        of_rows = np.zeros((2, len(batch["tokens"])), np.int32)
+        of_rows[:, 0] = dropped.sum(), sizes[dropped].sum()
+        batch["dropped_sequences"], batch["dropped_tokens"] = of_rows
+        tokens = np.count_nonzero(batch["segment_ids"])
+        slots = used * self.shape[1] * self.length
+        groups = lambda rows: rows.reshape(-1, rollout.num_generations).any(axis=1)
+        info = {
+            "tokens": tokens,
+            "counted": np.count_nonzero(batch["completion_mask"]),
+            "padding_share": 1 - tokens / slots if slots else 0.0,
+            "dropped_completions": dropped.sum(),
+            "dropped_groups": (groups(dropped) & ~groups(kept)).sum(),
+        }
+        cut = {name: x.reshape(*self.shape, *x.shape[1:]) for name, x in batch.items()}
+        placed = place_batch(cut, self.mesh, batch_axis=1)
+        return placed, {name: float(value) for name, value in info.items()}
+
+    def _fill(self, rollout, counted, kept) -> tuple[GroupRows, int]:
+        """The rows, and how many microbatches they fill."""
+        count, rows = self.shape
+        lengths = rollout.completion_mask.sum(axis=1)
+        numbers = [int(i) for i in np.flatnonzero(kept)]
+        groups: list[dict[int, int]] = [{} for _ in rollout.prompts]
+        for i in numbers:
+            groups[i // rollout.num_generations][i] = int(lengths[i])
+        if self.prefix_sharing:
+            sizes = [len(prompt) for prompt in rollout.prompts]
+            packed = pack_groups(sizes, groups, self.length, multiple=rows)
+        else:
+            packed = [[Document(g, (i,))] for g, group in enumerate(groups) for i in group]
+        # Rows with as many targets lie together: the output head works on the most of a microbatch.
+        targets = lambda row: sum(int(counted[i].sum()) for _, ids in row for i in ids)
+        packed.sort(key=targets, reverse=True)
+        made = fill_groups(
+            packed,
+            rollout.prompts,
+            {i: rollout.tokens[i, : lengths[i]] for i in numbers},
+            {i: counted[i, : lengths[i]] for i in numbers},
+            self.length,
+            pad_id=self.pad_id,
+            num_rows=count * rows,
+        )
+        return made, math.ceil(len(packed) / rows)
