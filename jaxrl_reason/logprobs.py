@@ -17,7 +17,7 @@ _SHARDS = 64
 """Blocks of the vocabulary take an equal part of this many (or fewer) stretches of it, so that an
 output head that is cut over up to 64 devices is read where it lies."""
 _WIDTHS = 8
-"""Widths that `count` is rounded up to."""
+"""At most so many widths, that `count` is rounded up to."""
 
 
 def token_logprobs(
@@ -83,7 +83,7 @@ def chunked_target_logprobs(
         chunk_size: as many logits may exist at once as this number of tokens has. With
             chunk_size >= B x M nothing is cut and nothing computed twice.
         count: only the first so many columns are wanted; the others get 0 and cost nothing, but for
-            rounding up to an eighth of M. One program serves every value.
+            rounding up to an eighth of M or so. One program serves every value.
     """
     _check(hidden, targets, temperature)
     if chunk_size < 1:
@@ -149,10 +149,12 @@ _target_logprobs.defvjp(_forward, _backward)
 
 
 def _at_width(count, columns, function):
-    """`function(width)` at the least eighth of the columns that holds `count`; at all if None."""
+    """`function(width)` at the least of some widths that holds `count`; at all columns if None."""
     if count is None:
         return function(columns)
-    widths = sorted({-(-columns * i // _WIDTHS) for i in range(1, _WIDTHS + 1)})
+    # A power of two, because products of other sizes are slower.
+    stride = 1 << ((columns - 1) // _WIDTHS).bit_length()
+    widths = [*range(stride, columns, stride), columns]
     enough = jnp.sum(jnp.asarray(widths[:-1], jnp.int32) < count)
     return jax.lax.switch(enough, [functools.partial(function, width) for width in widths])
 

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.logprobs import chunked_token_logprobs, token_entropy, token_logprobs
+from jaxrl_reason.logprobs import (
+    _at_width,
+    chunked_target_logprobs,
+    chunked_token_logprobs,
+    token_entropy,
+    token_logprobs,
+)
 
 B, T, D, V = 3, 7, 5, 11
 
@@ -98,6 +104,34 @@ def test_only_one_position_of_logits_lives_at_a_time():
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert peak(8) < peak(2 * length) / 4
+
+
+@pytest.mark.parametrize("columns", [0, 1, 6, 40, 192, 1024, 1152, 2048])
+def test_few_columns_are_worked_on_where_few_are_wanted(columns):
+    width = jax.jit(lambda count: _at_width(count, columns, jnp.int32))
+    found = [int(width(jnp.int32(count))) for count in range(columns + 1)]
+    # The least power of two of which eight make all columns.
+    stride = next(2**i for i in range(12) if 8 * 2**i >= columns)
+    up = lambda count: max(1, -(-count // stride)) * stride
+    assert found == [min(up(count), columns) for count in range(columns + 1)]
+    assert int(_at_width(None, columns, jnp.int32)) == columns
+
+
+@pytest.mark.parametrize("chunk_size", [5, 1000])
+def test_columns_that_nobody_wants_are_zero_whatever_they_hold(chunk_size):
+    hidden, head, targets = (jnp.asarray(x) for x in arrays(7))
+    hidden, head = hidden.astype(jnp.float32), head.astype(jnp.float32)
+
+    def total(hidden, count):
+        pair = chunked_target_logprobs(hidden, head, targets, chunk_size=chunk_size, count=count)
+        return jnp.sum(pair[0]) + 2 * jnp.sum(pair[1]), pair
+
+    both = jax.jit(jax.value_and_grad(total, has_aux=True))
+    (_, pair), gradient = both(hidden, jnp.int32(T))
+    (_, few), few_gradient = both(hidden.at[:, 4:].set(jnp.nan), jnp.int32(3))
+    for a, b in zip((*pair, gradient), (*few, few_gradient), strict=True):
+        np.testing.assert_allclose(b[:, :3], a[:, :3], rtol=1e-5, atol=1e-6)
+        assert not np.any(b[:, 3:])
 
 
 def test_a_traced_temperature_has_its_gradient():

@@ -55,8 +55,9 @@ class PolicyConfig(Training):
     """Compile all sizes of sampling before the first step; otherwise each when it is first met."""
     row_length: Positive | None = None
     """Tokens of a row of the update; null: room for a prompt with its group, up to 2048."""
-    microbatch_tokens: Positive = 4096
-    """Tokens of a microbatch; changes no result but what `clip_cov` and `kl_cov` choose."""
+    microbatch_tokens: Positive | None = None
+    """Tokens of a microbatch; changes no result but what `clip_cov` and `kl_cov` choose. Null: one
+    row of each device on CPUs, 8192 tokens of each on others."""
     mismatch: MismatchConfig = MismatchConfig()
     """What happens when sampling and training disagree about log-probs."""
     num_iterations: Positive = 1

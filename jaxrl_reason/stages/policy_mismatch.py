@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import pydantic
 from jax.sharding import Mesh
 from jaxtyping import Array
 from pydantic import Field
@@ -51,6 +52,18 @@ class MismatchConfig(Config):
     """Upper bound of a weight."""
     floor: Annotated[float, Field(ge=0)] | None = None
     """Lower bound of a weight; none when null."""
+
+    @pydantic.model_validator(mode="after")
+    def _acts(self):
+        weighing = sorted({"level", "mode", "cap", "floor"} & self.model_fields_set)
+        if self.action == "stop" and weighing:
+            raise ValueError(
+                f"{weighing[0]} cannot act: with action=stop nothing is weighed; remove it or take "
+                "action=correct"
+            )
+        if self.floor is not None and self.floor > self.cap:
+            raise ValueError(f"floor={self.floor:g} exceeds cap={self.cap:g}; lower it")
+        return self
 
 
 class Mismatch:

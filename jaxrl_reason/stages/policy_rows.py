@@ -17,6 +17,7 @@ from jaxrl_reason.sharding import batch_multiple, place_batch
 _LONG_ROW = 1024
 _WHOLE_GROUP = 2048
 _TILE = 128
+_MICROBATCH = 8192
 
 
 class Completions(Protocol):
@@ -52,8 +53,9 @@ class PolicyRows:
     """Most completions of a step."""
     num_generations: int
     """Most completions of a group."""
-    microbatch_tokens: int
-    """Tokens of a microbatch, rounded down to whole rows of every device, but at least one."""
+    microbatch_tokens: int | None
+    """Tokens of a microbatch, rounded down to whole rows of every device, but at least one; by
+    default one row of each on CPUs, and 8192 tokens of each on others."""
     drop: bool
     """Leave out completions whose advantage is 0. Only for what `may_drop` allows."""
     row_length: int | None = None
@@ -89,7 +91,11 @@ class PolicyRows:
     def shape(self) -> tuple[int, int]:
         """Microbatches of a batch and rows of a microbatch: enough for any lengths."""
         devices = batch_multiple(self.mesh)
-        rows = devices * max(1, self.microbatch_tokens // (self.length * devices))
+        tokens = self.microbatch_tokens
+        if tokens is None:
+            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+            tokens = devices * (self.length if on_cpu else _MICROBATCH)
+        rows = devices * max(1, tokens // (self.length * devices))
         longest = self.max_prompt_length + self.max_completion_length
         together = self.length // longest if self.prefix_sharing else 1
         return math.ceil(math.ceil(self.completions / together) / rows), rows
