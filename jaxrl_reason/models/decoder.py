@@ -110,7 +110,7 @@ class Model:
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         branch_ids: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], None]:
+    ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm.
 
         Args:
@@ -124,7 +124,7 @@ class Model:
         """
         x = Ends(self.config).apply({"params": _ends(params)}, tokens, method="embed")
         x = self._scan_blocks(params["layers"], x, positions, segment_ids, branch_ids)
-        return Ends(self.config).apply({"params": _ends(params)}, x, method="norm"), None
+        return Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
 
     def prefill(
         self,

@@ -20,7 +20,6 @@ class Context:
     pages: list[int]
     readers: list["Row | None"]
     """By place; as many places as the level allows."""
-    copied_from: "Context | None" = None
 
 
 @dataclasses.dataclass(eq=False)

@@ -29,7 +29,7 @@ def model_logprobs(
     Without a `chunk_size` all logits exist at once if that takes no more than 512 MiB in float32,
     and otherwise as many as make 128 MiB.
     """
-    hidden, _ = model.forward(params, tokens, positions=positions, segment_ids=segment_ids)
+    hidden = model.forward(params, tokens, positions=positions, segment_ids=segment_ids)
     head = model.unembedding(params)
     chunk_size = _chunk_size(chunk_size, tokens, head)
     return chunked_token_logprobs(
@@ -58,7 +58,7 @@ def target_logprobs(
         temperature: logits are divided by it.
         chunk_size: as in `model_logprobs`.
     """
-    hidden, _ = model.forward(
+    hidden = model.forward(
         params,
         rows["tokens"],
         positions=rows["positions"],

@@ -215,7 +215,7 @@ def batch(length, rows=2):
 
 
 def loss(model, params, tokens, positions, segments, branches):
-    hidden, _ = model.forward(
+    hidden = model.forward(
         params, tokens, positions=positions, segment_ids=segments, branch_ids=branches
     )
     return jnp.sum(jnp.sin(hidden) * real(segments, hidden))
@@ -260,7 +260,7 @@ def test_branches_equal_separate_documents(attention):
 def forward(model, params, tokens, positions, segments, branches):
     return model.forward(
         params, tokens, positions=positions, segment_ids=segments, branch_ids=branches
-    )[0]
+    )
 
 
 @pytest.mark.parametrize("attention", ["auto", "blockwise"])
@@ -397,7 +397,7 @@ params = jax.tree.map(place(PartitionSpec()), jax.eval_shape(model.init, jax.ran
 ids = place(PartitionSpec(("data", "fsdp")))(jax.ShapeDtypeStruct((2, 300), jnp.int32))
 
 def loss(params, tokens, positions, segments, branches):
-    hidden, _ = model.forward(
+    hidden = model.forward(
         params, tokens, positions=positions, segment_ids=segments, branch_ids=branches
     )
     return jnp.sum(hidden.astype(jnp.float32) ** 2)

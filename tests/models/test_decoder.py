@@ -114,18 +114,18 @@ def test_tokens_read_from_pages_give_the_full_forward(lengths):
     read = paged(model, params, contexts, following)
     for row in range(6):
         whole = jnp.asarray([[*contexts[row % 2], *following[row].tolist()]])
-        full, _ = run(model, params, whole)
+        full = run(model, params, whole)
         np.testing.assert_allclose(read[row], full[0, -7:], atol=2e-5)
 
 
 def test_packed_documents_equal_separate_ones():
     model, params = make()
     first, second = tokens_of(5, 1, batch=1), tokens_of(7, 2, batch=1)
-    alone = [run(model, params, x)[0] for x in (first, second)]
+    alone = [run(model, params, x) for x in (first, second)]
     row = jnp.concatenate([first, second, tokens_of(3, 3, batch=1)], axis=1)
     segments = jnp.asarray([[1] * 5 + [2] * 7 + [0] * 3])
     positions = jnp.asarray([[*range(5), *range(7), 0, 0, 0]])
-    packed, _ = forward(model, params, row, positions=positions, segment_ids=segments)
+    packed = forward(model, params, row, positions=positions, segment_ids=segments)
     np.testing.assert_allclose(packed[:, :5], alone[0], atol=1e-5)
     np.testing.assert_allclose(packed[:, 5:12], alone[1], atol=1e-5)
     assert bool(jnp.all(jnp.isfinite(packed)))
@@ -135,7 +135,7 @@ def test_a_token_sees_nothing_after_it():
     model, params = make()
     tokens = tokens_of(9)
     changed = tokens.at[:, 6].set((tokens[:, 6] + 1) % 40)
-    a, b = run(model, params, tokens)[0], run(model, params, changed)[0]
+    a, b = run(model, params, tokens), run(model, params, changed)
     np.testing.assert_array_equal(a[:, :6], b[:, :6])
     assert float(jnp.max(jnp.abs(a[:, 6:] - b[:, 6:]))) > 1e-3
 
@@ -144,7 +144,7 @@ def test_a_token_sees_nothing_after_it():
 def test_remat_changes_no_gradient(remat):
     model, params = make()
     other = Model(dataclasses.replace(TINY, remat=remat))
-    loss = lambda m: jax.jit(jax.grad(lambda p: jnp.mean(run(m, p, tokens_of(8))[0] ** 2)))
+    loss = lambda m: jax.jit(jax.grad(lambda p: jnp.mean(run(m, p, tokens_of(8)) ** 2)))
     pairs = zip(
         jax.tree.leaves(loss(model)(params)), jax.tree.leaves(loss(other)(params)), strict=True
     )
@@ -154,11 +154,11 @@ def test_remat_changes_no_gradient(remat):
 
 def test_bfloat16_compute_keeps_float32_parameters_and_logits():
     model, params = make(dataclasses.replace(TINY, dtype="bfloat16"))
-    hidden, _ = run(model, params, tokens_of(8))
+    hidden = run(model, params, tokens_of(8))
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert hidden.dtype == jnp.bfloat16
     assert model.unembed(params, hidden).dtype == jnp.float32
-    wide, _ = run(Model(TINY), params, tokens_of(8))
+    wide = run(Model(TINY), params, tokens_of(8))
     np.testing.assert_allclose(hidden.astype(jnp.float32), wide, atol=0.15)
 
 
@@ -239,7 +239,7 @@ def test_parity_with_transformers_qwen3(tied):
     with torch.no_grad():
         wanted = reference(torch.from_numpy(tokens).long()).logits.numpy()
     model, params = Model(config), from_qwen3(reference.state_dict(), config)
-    hidden, _ = run(model, params, jnp.asarray(tokens))
+    hidden = run(model, params, jnp.asarray(tokens))
     # Float32 on both sides; rounding differs by the order of sums over 32 to 48 channels.
     np.testing.assert_allclose(model.unembed(params, hidden), wanted, atol=2e-4, rtol=1e-4)
 

@@ -168,6 +168,7 @@ def test_eight_devices_draw_what_one_draws(model_and_params, sizes):
     spread = jax.device_put(params, tree_shardings(mesh, model.axes(), params))
     one = complete(engine_of(model, rows=32), params, requests_of(PROMPTS * 2))
     many = complete(engine_of(model, rows=32, mesh=mesh), spread, requests_of(PROMPTS * 2))
+    assert many.keys() == one.keys()
     for request, completion in many.items():
         same(completion, one[request], atol=1e-5)
 

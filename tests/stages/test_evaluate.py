@@ -2,13 +2,17 @@
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from scipy import stats
 
 from jaxrl_reason import checkpoint
+from jaxrl_reason.data.batching import fill_rows
 from jaxrl_reason.data.records import read_jsonl
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.evaluate import evaluate, summarize, wilson_interval
+from jaxrl_reason.steps import model_logprobs
 
 
 @pytest.mark.parametrize(
@@ -99,4 +103,26 @@ def test_an_evaluation_is_repeatable_and_its_rows_agree_with_it(four):
     # Trained to answer at once: the format is right, and length and accuracy follow.
     assert result["format_rate"] > 0.9
     assert result["mean_length"] < 8
-    assert 0 < result["accuracy"] < 0.9
+
+
+def test_accuracy_is_the_probability_of_the_right_answers(four):
+    context = Context.create(four.config)
+    params = checkpoint.restore_params(four.directory / "cold", context.params_like)
+    config = four.config.evaluation.model_copy(update={"problems": 400})
+    result, _ = evaluate(context, params, config)
+    assert 0.1 < result["accuracy"] < 0.9
+    problems = [context.task.generate("test", i) for i in range(400)]
+    answers = [context.encode(p.prompt, context.task.trace(p, "answer")) for p in problems]
+    batch = fill_rows([[answer] for answer in answers], 40, pad_id=0)
+    logprobs, _ = model_logprobs(
+        context.model,
+        params,
+        jnp.asarray(batch["tokens"]),
+        positions=jnp.asarray(batch["positions"]),
+        segment_ids=jnp.asarray(batch["segment_ids"]),
+        temperature=1.0,
+        chunk_size=64,
+    )
+    right = np.exp(np.sum(np.asarray(logprobs) * batch["completion_mask"], axis=1))
+    deviation = np.sqrt(np.sum(right * (1 - right))) / 400
+    assert abs(result["accuracy"] - right.mean()) < 4 * deviation

@@ -277,7 +277,7 @@ class Wide:
             q, k, v = (x @ matrix for matrix in layer)
             scores = jnp.where(seen, jnp.einsum("btd,bsd->bts", q, k), -1e9)
             x = x + jnp.tanh(jnp.einsum("bts,bsd->btd", jax.nn.softmax(scores, axis=-1), v))
-        return x, None
+        return x
 
     def unembedding(self, params):
         return params["out"]
@@ -336,7 +336,7 @@ def path_logprobs(params, groups, i):
     tokens = jnp.asarray([[*prompt, *completion.tolist()]])
     positions = jnp.arange(tokens.shape[1])[None]
     ones = jnp.ones_like(tokens)
-    hidden, _ = MODEL.forward(params, tokens, positions=positions, segment_ids=ones)
+    hidden = MODEL.forward(params, tokens, positions=positions, segment_ids=ones)
     logits = MODEL.unembed(params, hidden)[0, len(prompt) - 1 : -1] / 0.9
     return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(completion)), completion]
 

@@ -127,7 +127,7 @@ def test_sft_loss_counts_completion_tokens_only(params):
     for prompt, completion in docs:
         tokens = jnp.asarray([prompt + completion])
         positions = jnp.arange(tokens.shape[1])[None]
-        hidden, _ = MODEL.forward(
+        hidden = MODEL.forward(
             params, tokens, positions=positions, segment_ids=jnp.ones_like(tokens)
         )
         logits = np.asarray(MODEL.unembed(params, hidden), np.float64)[0]
