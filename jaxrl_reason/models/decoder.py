@@ -160,8 +160,7 @@ class Model:
         x = Ends(self.config).apply({"params": _ends(params)}, tokens[:, None], method="embed")
         block = Block(self.config)
         own = []
-        for i in range(self.config.num_hidden_layers):
-            layer = jax.tree.map(lambda p, i=i: p[i], params["layers"])
+        for i, layer in enumerate(self.unstack(params)["layers"]):
             mix = functools.partial(
                 attend_pages, layer=i, pages=pages, table=table, before=before, boundary=boundary
             )
@@ -170,6 +169,18 @@ class Model:
         keys, values = zip(*own, strict=True)
         x = Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
         return x[:, 0], pages._replace(own_keys=keys, own_values=values)
+
+    def unstack(self, params: Params) -> Params:
+        """Parameters with a tuple of layers in place of their stack; `decode` takes them too.
+
+        Outside a loop over decode steps this copies every layer once, inside it at every step
+        where the compiler does not read a layer where it lies.
+        """
+        layers = params["layers"]
+        if isinstance(layers, tuple):
+            return params
+        at = lambda i: jax.tree.map(lambda stack: stack[i], layers)
+        return {**params, "layers": tuple(map(at, range(self.config.num_hidden_layers)))}
 
     def unembed(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of hidden states; use `logprobs.py` to avoid the whole [B, T, V]."""

@@ -4,6 +4,8 @@ Einsum alphabet, here and in `attention.py`: B batch, T query position, S key po
 F MLP width, N query heads, K key/value heads, G = N / K, H head size.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -40,7 +42,34 @@ class Projection(nn.Module):
             jnp.dtype(self.config.param_dtype),
         )
         dtype = jnp.dtype(self.config.dtype)
-        return jnp.einsum(self.einsum, x.astype(dtype), kernel.astype(dtype))
+        return project(self.einsum, x.astype(dtype), kernel.astype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(einsum: str, x: Array, kernel: Array) -> Array:
+    """`jnp.einsum`, with the gradient of the kernel as a product in the kernel's own layout.
+
+    Autodiff makes it transposed; XLA's CPU backend then transposes every activation that enters it,
+    which takes as long as the product.
+    """
+    return jnp.einsum(einsum, x, kernel)
+
+
+def _project(einsum, x, kernel):
+    return jnp.einsum(einsum, x, kernel), (x, kernel)
+
+
+def _project_gradients(einsum, saved, gradient):
+    x, kernel = saved
+    names, result = einsum.split("->")
+    of_x, of_kernel = names.split(",")
+    return (
+        jnp.einsum(f"{result},{of_kernel}->{of_x}", gradient, kernel),
+        jnp.einsum(f"{of_x},{result}->{of_kernel}", x, gradient),
+    )
+
+
+project.defvjp(_project, _project_gradients)
 
 
 class RMSNorm(nn.Module):

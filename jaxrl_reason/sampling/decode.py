@@ -68,6 +68,9 @@ class DecodeOptions:
     sampling: SamplingConfig
     stop_ids: tuple[int, ...]
     """A completion ends with any of them."""
+    unstack: bool = False
+    """Take the layers out of their stack once a dispatch: faster where a step would copy them, and
+    for the time of the dispatch a second copy of the layers' parameters."""
 
 
 class Drawn(NamedTuple):
@@ -87,6 +90,8 @@ def decode(
 ) -> tuple[Drawn, Pages]:
     """Up to `dispatch.steps` tokens for every live row, and the pages with them."""
     rows, table, bias = dispatch.rows, dispatch.table, dispatch.bias
+    if options.unstack:
+        params = model.unstack(params)
     count = rows.tokens.shape[0]
     uniforms = _uniforms(dispatch.key, rows, options.most_steps)
     empty = jnp.zeros((count, options.most_steps), jnp.float32)

@@ -64,7 +64,10 @@ class Device:
     @property
     def _options(self) -> DecodeOptions:
         return DecodeOptions(
-            most_steps=self.most_steps, sampling=self.sampling, stop_ids=self.stop_ids
+            most_steps=self.most_steps,
+            sampling=self.sampling,
+            stop_ids=self.stop_ids,
+            unstack=self.mesh.devices.flat[0].platform == "cpu",
         )
 
     @property

@@ -16,7 +16,7 @@ from jaxrl_reason.sharding import batch_multiple, place_batch
 
 _LONG_ROW = 1024
 _WHOLE_GROUP = 2048
-_TILE = 128
+_TILE = 64
 _MICROBATCH = 8192
 
 
