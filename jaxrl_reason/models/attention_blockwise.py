@@ -17,9 +17,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.models.attention import wide_dtype
+from jaxrl_reason.models.layers import PRODUCT
 
 BLOCK = 64
 """Slots of a block. Larger blocks compute more of what they then mask, smaller ones loop more."""
@@ -69,7 +71,8 @@ def attend_blocks(
 
 
 def _forward(queries, keys, values, plan):
-    mixed, log_sums = jax.lax.map(lambda row: _forward_row(*row), (queries, keys, values, plan))
+    made = jax.lax.map(lambda row: _forward_row(*row), (queries, keys, values, plan))
+    mixed, log_sums = (checkpoint_name(x, PRODUCT) for x in made)
     return mixed, (queries, keys, values, plan, mixed, log_sums)
 
 

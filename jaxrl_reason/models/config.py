@@ -46,7 +46,7 @@ class ModelConfig:
     """Compute dtype of projections; norms, softmax and rotation are float32 whatever it is."""
     param_dtype: DType = "float32"
     """Dtype in which parameters are stored and updated."""
-    remat: RematPolicy = "none"
+    remat: RematPolicy = "dots"
     """What the backward pass recomputes in a block: nothing, all but matmul outputs, everything."""
     attention: AttentionBackend = "auto"
     """How whole rows attend; "auto" takes what suits the device (docs/attention.md)."""

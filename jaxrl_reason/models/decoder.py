@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_reason.models.attention import Attention, Mix
 from jaxrl_reason.models.attention_rows import row_attention
 from jaxrl_reason.models.config import ModelConfig
-from jaxrl_reason.models.layers import GatedMLP, RMSNorm
+from jaxrl_reason.models.layers import PRODUCT, GatedMLP, RMSNorm
 from jaxrl_reason.models.paged import Pages, PageTable, attend_pages
 
 Params = dict[str, Any]
@@ -68,10 +68,18 @@ class Ends(nn.Module):
 def _remat(function, policy: str):
     if policy == "none":
         return function
-    if policy == "full":
-        return jax.checkpoint(function)
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(function, policy=dots)
+    # The barriers against common subexpressions are for code that no loop separates.
+    checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
+    return checkpoint(function) if policy == "full" else checkpoint(function, policy=_products)
+
+
+_by_name = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+
+
+def _products(primitive, *args, **params) -> bool:
+    """Whether the backward pass keeps a result: of projections and of attention kernels."""
+    cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return cudnn or _by_name(primitive, *args, **params)
 
 
 @dataclasses.dataclass(frozen=True)

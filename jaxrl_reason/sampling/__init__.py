@@ -5,5 +5,15 @@ from jaxrl_reason.sampling.filters import SamplingConfig
 from jaxrl_reason.sampling.requests import Completion, Request
 from jaxrl_reason.sampling.rollout import Rollout, sample
 from jaxrl_reason.sampling.session import Session
+from jaxrl_reason.sampling.shapes import PROGRAM_PREFIX
 
-__all__ = ["Completion", "Engine", "Request", "Rollout", "SamplingConfig", "Session", "sample"]
+__all__ = [
+    "PROGRAM_PREFIX",
+    "Completion",
+    "Engine",
+    "Request",
+    "Rollout",
+    "SamplingConfig",
+    "Session",
+    "sample",
+]

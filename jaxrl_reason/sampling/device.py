@@ -14,7 +14,7 @@ from jaxrl_reason.models import Model, Pages, Params, empty_pages
 from jaxrl_reason.sampling.batch import Batch, Prefill
 from jaxrl_reason.sampling.decode import DecodeOptions, Dispatch, Drawn, decode, prefill
 from jaxrl_reason.sampling.filters import SamplingConfig
-from jaxrl_reason.sampling.shapes import Level, Programs, make_levels
+from jaxrl_reason.sampling.shapes import Level, Programs, make_levels, named
 
 FEWEST_ROWS = 8
 PREFILL_TOKENS = 8192
@@ -119,7 +119,7 @@ class Device:
 
     def empty_program(self, level: Level, own_pages: int) -> Callable[[], Pages]:
         """What makes `empty_pages`."""
-        make = functools.partial(self._make_pages, level, own_pages)
+        make = named("empty_pages", functools.partial(self._make_pages, level, own_pages))
         lower = lambda: jax.jit(make, out_shardings=self._page_sharding).lower()
         return self.programs.get(("empty", level.context_pages, own_pages), lower)
 
@@ -147,7 +147,8 @@ class Device:
             return NamedSharding(self.mesh, PartitionSpec(*spec))
 
         shardings = jax.tree.map(gathered, params)
-        lower = lambda: jax.jit(lambda p: p, out_shardings=shardings).lower(params)
+        gather = named("gather", lambda p: p)
+        lower = lambda: jax.jit(gather, out_shardings=shardings).lower(params)
         return self.programs.get(("gather",), lower)(params)
 
     def run_decode(
@@ -163,7 +164,7 @@ class Device:
 
         def lower():
             function = jax.jit(
-                functools.partial(decode, self.model, self._options),
+                named("decode", functools.partial(decode, self.model, self._options)),
                 in_shardings=(
                     None,
                     self._page_sharding,
@@ -195,7 +196,7 @@ class Device:
 
         def lower():
             function = jax.jit(
-                functools.partial(prefill, self.model),
+                named("prefill", functools.partial(prefill, self.model)),
                 in_shardings=(None, sharding, by_row, by_row, by_row, self._replicated),
                 out_shardings=sharding,
                 donate_argnums=1,
@@ -218,7 +219,7 @@ class Device:
 
     def move_program(self, array, at: np.ndarray):
         """`jnp.take` for arguments of these shapes."""
-        take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+        take = named("move", functools.partial(jnp.take, axis=0, mode="fill", fill_value=0))
         sharding = self._page_sharding.own_keys
         lower = lambda: jax.jit(take, out_shardings=sharding).lower(array, at)
         return self.programs.get(("move", *array.shape, len(at)), lower)

@@ -10,6 +10,20 @@ from typing import ClassVar
 _logger = logging.getLogger(__name__)
 
 
+PROGRAM_PREFIX = "sampling_"
+"""Names of the engine's compiled functions begin with it, in profiles and in JAX's compile logs."""
+
+
+def named(name: str, function: Callable) -> Callable:
+    """The function under a name that says whose program it becomes."""
+
+    def program(*args):
+        return function(*args)
+
+    program.__name__ = program.__qualname__ = PROGRAM_PREFIX + name
+    return program
+
+
 @dataclasses.dataclass(frozen=True)
 class Level:
     """Sizes while at most `rows` completions are in flight."""

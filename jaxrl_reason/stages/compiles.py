@@ -1,7 +1,9 @@
 """Counts the programs that JAX compiles, by the name of the jitted function.
 
 A steady state compiles nothing: a program that is compiled after the first steps is a shape or a
-dtype that changes from step to step, and costs seconds each time.
+dtype that changes from step to step, and costs seconds each time. Programs of the sampling engine
+are counted and not warned of: they are of a closed set, and without `precompile` each is compiled
+when it is first needed. With it, the engine itself tells of one that it had not foreseen.
 """
 
 import collections
@@ -12,9 +14,11 @@ from typing import NamedTuple
 
 from jax import monitoring
 
+from jaxrl_reason.sampling import PROGRAM_PREFIX
 from jaxrl_reason.stages.breakdown import WARM_UP_STEPS
 
 _logger = logging.getLogger(__name__)
+_SAMPLING = f"jit({PROGRAM_PREFIX}"
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -44,15 +48,16 @@ class CompileWatch:
         """
         new = _compiled()[self._before :]
         self._steps += 1
-        if new and self._steps > WARM_UP_STEPS and not self._told:
+        unforeseen = [compile for compile in new if not compile.name.startswith(_SAMPLING)]
+        if unforeseen and self._steps > WARM_UP_STEPS and not self._told:
             self._told = True
             _logger.warning(
                 "%s, step %d: compiled %s after the first steps; the update had tokens of shape "
-                "%s. Each new shape costs such time once; precompile=true compiles those of "
-                "sampling beforehand. Further cases are only counted, in the metric compiles.",
+                "%s. Each new shape costs such time once. Further cases are only counted, in the "
+                "metric compiles.",
                 self._stage,
                 step,
-                _described(new),
+                _described(unforeseen),
                 list(shape),
             )
         return len(new)

@@ -51,6 +51,9 @@ class PolicyConfig(Training):
     """Replace groups whose rewards are all equal by groups of further problems."""
     mask_truncated_completions: bool = False
     """Leave completions that were cut at the longest length out of the loss."""
+    max_num_seqs: Positive | None = None
+    """Completions decoded at once; the others wait until one ends. Null: all of a step. Fewer need
+    less memory for keys and values, and rows that end early are filled again."""
     precompile: bool = False
     """Compile all sizes of sampling before the first step; otherwise each when it is first met."""
     row_length: Positive | None = None

@@ -242,10 +242,11 @@ def open_rollouts(stage: Stage, begin: Start) -> Iterator[Rollouts]:
     """The batches of a stage, with the processes that reward them as long as they are used."""
     config: PolicyConfig = stage.config
     context = stage.context
+    completions = config.prompts_per_step * config.num_generations
     engine = context.engine(
         config.sampling,
         config.max_completion_length,
-        max_rows=config.prompts_per_step * config.num_generations,
+        max_rows=min(config.max_num_seqs or completions, completions),
         group_size=config.num_generations,
     )
     judge = Judge(

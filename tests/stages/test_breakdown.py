@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxrl_reason.sampling.shapes import named
 from jaxrl_reason.stages.breakdown import WARM_UP_STEPS, Times, table
 from jaxrl_reason.stages.compiles import CompileWatch
 
@@ -105,6 +106,17 @@ def test_compilations_are_counted_and_told_after_the_first_steps(caplog):
     message = record.getMessage()
     assert message.startswith("reason, step 4: compiled jit(doubled_by_the_test) (")
     assert "tokens of shape [2, 16, 5]" in message
+
+
+def test_programs_of_the_engine_are_counted_and_not_warned_of(caplog):
+    watch = CompileWatch("reason")
+    program = jax.jit(named("decode", lambda x: x + 23))
+    arrays = [jnp.ones(n) for n in range(1, 6)]
+    for step, array in enumerate(arrays, start=1):
+        watch.start()
+        program(array).block_until_ready()
+        assert watch.look(step, (2, 16, 8)) == 1
+    assert not caplog.records
 
 
 def test_what_is_compiled_between_steps_is_not_counted():

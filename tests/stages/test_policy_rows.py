@@ -188,17 +188,17 @@ def test_the_shape_holds_the_longest_completions_and_short_ones_leave_it_empty()
         (8, {"microbatch_tokens": 1100}, (2, 16), 64),
         (1, {"prefix_sharing": False}, (16, 4), 64),
         (1, {"prefix_sharing": False, "row_length": None}, (5, 15), 17),
-        # A group of 53 tokens, then the devices' share of 16 of them, in tiles of 128.
-        (1, {"row_length": None, "microbatch_tokens": 2048}, (1, 16), 128),
+        # A group of 53 tokens, then the devices' share of 16 of them, in tiles of 64.
+        (1, {"row_length": None, "microbatch_tokens": 2048}, (1, 32), 64),
         # A group of 64 + 8 x 128 tokens, and one that is too long for a row of its own.
         (1, {"row_length": None, **dict.fromkeys(("max_prompt_length",), 64),
-             "max_completion_length": 128, "num_generations": 8}, (11, 1), 1152),
+             "max_completion_length": 128, "num_generations": 8}, (13, 1), 1088),
         (1, {"row_length": None, "max_prompt_length": 256, "max_completion_length": 256,
              "num_generations": 8}, (32, 1), 1024),
         (1, {"row_length": None, "max_prompt_length": 512, "max_completion_length": 4096,
              "num_generations": 8}, (64, 1), 4608),
         (8, {"row_length": None, "max_prompt_length": 64, "max_completion_length": 128,
-             "num_generations": 8, "completions": 16}, (1, 8), 384),
+             "num_generations": 8, "completions": 16}, (2, 8), 320),
     ],
 )  # fmt: skip
 def test_shapes_follow_from_lengths_devices_and_budget(devices, changes, shape, length):

@@ -225,6 +225,19 @@ def test_sampling_is_compiled_beforehand_where_that_is_asked(
     assert compiled == ["params"] * wanted
 
 
+@pytest.mark.parametrize(("asked", "rows"), [(None, 12), (5, 5), (99, 12)])
+def test_so_many_completions_are_decoded_at_once(
+    make_context, tiny, tmp_path, monkeypatch, asked, rows
+):
+    raw = {"parent": "init", "max_num_seqs": asked, "prompts_per_step": 4, "num_generations": 3}
+    (stage,) = plan(make_context(tmp_path, stages={"s": tiny["stages"]["reason"] | raw}))
+    made = []
+    monkeypatch.setattr(Rollouts, "__init__", lambda self, stage, engine, *_: made.append(engine))
+    with open_rollouts(stage, Start(TrainState("params", None, None), 0, {})):
+        (engine,) = made
+    assert engine.max_rows == rows
+
+
 # Dynamic sampling
 
 # Candidates of each batch of which only some are live, in both rewards or one.
