@@ -59,14 +59,25 @@ def plan_blocks(segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"] | 
     return Plan(pairs, jnp.sum(needed, axis=1, dtype=jnp.int32), segments, branches)
 
 
-@jax.custom_vjp
 def attend_blocks(
     queries: Float[Array, "B T N H"],
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
     plan: Plan,
 ) -> Float[Array, "B T N H"]:
-    """`attend` with `row_mask`, except that padding attends to nothing."""
+    """`attend` with `row_mask`, except that padding attends to nothing.
+
+    A loop runs on one core. Heads are dealt to two loops, which XLA's CPU backend runs at the same
+    time as each other and as the projections around them.
+    """
+    if keys.shape[2] % 2:
+        return _attend(queries, keys, values, plan)
+    halves = zip(*(jnp.split(x, 2, axis=2) for x in (queries, keys, values)), strict=True)
+    return jnp.concatenate([_attend(*half, plan) for half in halves], axis=2)
+
+
+@jax.custom_vjp
+def _attend(queries, keys, values, plan):
     return _forward(queries, keys, values, plan)[0]
 
 
@@ -81,7 +92,7 @@ def _backward(residuals, gradient):
     return (*gradients, None)
 
 
-attend_blocks.defvjp(_forward, _backward)
+_attend.defvjp(_forward, _backward)
 
 
 def _forward_row(

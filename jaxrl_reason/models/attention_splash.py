@@ -15,6 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Float, Int
 
 from jaxrl_reason.models.attention import row_mask
+from jaxrl_reason.models.layers import PRODUCT
 
 LANES = 128
 """Rows are padded to a multiple of it: the kernel's blocks have at least so many slots."""
@@ -72,7 +73,7 @@ def attend_splash(
             save_residuals=False,
             mask_value=splash_attention_kernel.DEFAULT_MASK_VALUE,
             attn_logits_soft_cap=None,
-            residual_checkpoint_name=None,
+            residual_checkpoint_name=PRODUCT,
             mask_function=None,
             interpret=interpret,
         )

@@ -47,7 +47,8 @@ class ModelConfig:
     param_dtype: DType = "float32"
     """Dtype in which parameters are stored and updated."""
     remat: RematPolicy = "dots"
-    """What the backward pass recomputes in a block: nothing, all but matmul outputs, everything."""
+    """What the backward pass computes again in a block: nothing, all but the results of projections
+    and attention, everything."""
     attention: AttentionBackend = "auto"
     """How whole rows attend; "auto" takes what suits the device (docs/attention.md)."""
 
