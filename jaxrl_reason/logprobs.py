@@ -288,8 +288,8 @@ def _from_logits(logits, targets):
     # XLA's CPU backend adds along one long axis number by number, and along two with vectors.
     logits = logits.reshape(*targets.shape, math.gcd(logits.shape[-1], _SHARDS), -1)
     log_normalizers = jax.nn.logsumexp(logits, axis=(-2, -1))
-    # Where a logit is -inf its probability is 0; the product must be 0 and not NaN. A maximum, which
-    # XLA's CPU backend makes part of the sum.
+    # Where a logit is -inf its probability is 0; the product must be 0 and not NaN. XLA's CPU
+    # backend makes a maximum part of the sum.
     finite = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
     probabilities = jnp.exp(logits - log_normalizers[..., None, None])
     entropy = log_normalizers - jnp.sum(probabilities * finite, axis=(-2, -1))
