@@ -22,14 +22,20 @@ stages:
     num_generations: 4
     max_completion_length: 24
     precompile: true
-    rewards: [{kind: format}, {kind: length, low: 2, high: 16}]
+    rewards: [{kind: python, name: even, function: "rewards_of_steady:even"}]
     optimizer: {learning_rate: 1.0e-3}
 """
 )
+REWARDS = """
+def even(prompts, completions, *, completion_ids, **_):
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completion_ids]
+"""
 
 
 @pytest.mark.slow
-def test_fifty_steps_of_ragged_completions_compile_nothing(tmp_path, caplog):
+def test_fifty_steps_of_ragged_completions_compile_nothing(tmp_path, caplog, monkeypatch):
+    (tmp_path / "rewards_of_steady.py").write_text(REWARDS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     path = tmp_path / "steady.yaml"
     path.write_text(CONFIG, encoding="utf-8")
     with caplog.at_level(logging.WARNING):
