@@ -68,7 +68,7 @@ class DecodeOptions:
     sampling: SamplingConfig
     stop_ids: tuple[int, ...]
     """A completion ends with any of them."""
-    unstack: bool = False
+    unstack: bool
     """Take the layers out of their stack once a dispatch: faster where a step would copy them, and
     for the time of the dispatch a second copy of the layers' parameters."""
 
