@@ -1,4 +1,4 @@
-"""The command line: run, evaluate, sample, lineage, bench.
+"""The command line: run, import, export, evaluate, sample, lineage, bench.
 
 Mistakes in configurations, data or paths end with exit code 2 and one message; what a run has
 finished stays, and the same command goes on where it stopped.
@@ -19,6 +19,19 @@ Train the stages of a configuration one after the other. Finished stages are ski
 interrupted one goes on where it was. Fields are set with key=value, for example
 
   jaxrl-reason run configs/quickstart.yaml seed=1 stages.reason.steps=20
+"""
+_IMPORT = """\
+Make a folder of a published model that `sample`, `evaluate` and `export` read: its weights as a
+checkpoint, its tokenizer and its settings. A run does this by itself. Fields are set with
+key=value, for example
+
+  jaxrl-reason import Qwen/Qwen3-0.6B runs/qwen3 max_prompt_length=512
+"""
+_EXPORT = """\
+Write a checkpoint as a directory in Hugging Face's format, which transformers and vLLM load. What
+was written is read again and compared before it gets its name.
+
+  jaxrl-reason export runs/quickstart/reason exported
 """
 _EVALUATE = """\
 Accuracy of a checkpoint on held-out problems of its task. Fields of the run's evaluation are set
@@ -87,6 +100,37 @@ def _run(arguments: argparse.Namespace) -> None:
     print(f"samples  {folder / rows[-1]['stage'] / 'samples.jsonl'}")
     for plot in plots:
         print(f"plot     {plot}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from jaxrl_reason.config import apply_overrides, validate
+    from jaxrl_reason.stages.config import RunConfig
+    from jaxrl_reason.stages.pipeline import import_model
+
+    folder = Path(arguments.directory)
+    given = {
+        "name": folder.name,
+        "output_dir": str(folder.parent),
+        "model": {"path": arguments.model},
+        "max_prompt_length": 1024,
+        "evaluation": {"max_completion_length": 1024},
+    }
+    raw = apply_overrides(RunConfig, given, arguments.overrides)
+    stage = import_model(validate(RunConfig, raw, "import"), say=print)
+    print(f"for example: jaxrl-reason sample {stage}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from jaxrl_reason.stages.load import export
+
+    written = export(
+        arguments.checkpoint,
+        arguments.directory,
+        adapter=arguments.adapter,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+    )
+    print(written)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -193,6 +237,7 @@ def _fields(name: str) -> str:
 
     classes = {
         "run": config.RunConfig,
+        "import": config.RunConfig,
         "evaluate": config.EvaluationConfig,
         "sample": sample.SampleConfig,
     }
@@ -220,7 +265,7 @@ class _Help(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         parser.print_help()
         name = parser.prog.split()[-1]
-        if name in ("run", "evaluate", "sample"):
+        if name in ("run", "import", "evaluate", "sample"):
             print("\n" + _fields(name))
         parser.exit()
 
@@ -247,6 +292,16 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, _RUN, "train the stages of a configuration")
     run.add_argument("config", help="YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    importer = add("import", _import, _IMPORT, "make a run of a published model")
+    importer.add_argument("model", help="directory or hub id in Hugging Face's format")
+    importer.add_argument("directory", help="folder to be made, such as runs/qwen3")
+    importer.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    export = add("export", _export, _EXPORT, "write a checkpoint for transformers")
+    export.add_argument("checkpoint", help="folder of a stage or of one of its checkpoints")
+    export.add_argument("directory", help="to be made")
+    export.add_argument("--adapter", action="store_true", help="the adapter alone, for PEFT")
+    export.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the tensors")
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file")
     evaluate = add("evaluate", _evaluate, _EVALUATE, "accuracy on held-out problems")
     evaluate.add_argument("checkpoint", help="folder of a stage or of one of its checkpoints")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")

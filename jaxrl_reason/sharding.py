@@ -1,8 +1,8 @@
 """One mesh over whatever devices are there, and where every array lies on it.
 
 Parameters name their logical axes where they are declared (`Model.axes`); `AxisRules` maps those
-names to mesh axes. Batches are cut over `data` and `fsdp` together. The same code serves one CPU,
-eight virtual devices and a node of GPUs; one configuration field changes the mesh.
+names to mesh axes. Batches are cut over `data`, `fsdp` and `expert` together. The same code serves
+one CPU, eight virtual devices and a node of GPUs; one configuration field changes the mesh.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from jaxrl_reason.errors import InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class MeshConfig:
     """Replicas of the parameters, each on its own part of the batch."""
     fsdp: int = 1
     """Devices over which parameters, optimiser state and the batch are cut."""
+    expert: int = 1
+    """Devices over which the experts of a mixture and the batch are cut; other parameters are not."""
     tensor: int = 1
     """Devices over which heads, MLP and vocabulary are cut."""
 
@@ -65,9 +67,12 @@ DEFAULT_RULES = AxisRules(
         "mlp": "tensor",
         "heads": "tensor",
         "kv_heads": "tensor",
+        "experts": "expert",
         "head": None,
         "embed_vector": None,
+        "router": None,
         "layers": None,
+        "rank": None,
     }
 )
 
@@ -132,13 +137,18 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, *, batch_axis: int = 0) -> NamedSharding:
-    """The sharding of an array whose axis `batch_axis` is cut over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(*(None,) * batch_axis, BATCH_AXES))
+    """The sharding of an array whose axis `batch_axis` is cut over `batch_axes`."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * batch_axis, batch_axes(mesh)))
+
+
+def batch_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of a mesh over which a batch is cut; a mesh of the caller's may lack some."""
+    return tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
 
 
 def batch_multiple(mesh: Mesh) -> int:
     """A batch must be a multiple of this many rows."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
 def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0):

@@ -21,8 +21,11 @@ from jaxrl_reason.sharding import (
 
 def test_minus_one_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
     assert batch_multiple(mesh) == 4
+    mesh = make_mesh(MeshConfig(expert=4))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    assert batch_multiple(mesh) == 8
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)["data"] == 1
 
 
@@ -59,10 +62,30 @@ def test_dimensions_that_do_not_divide_are_listed_together():
     assert "layers/attention/q/kernel: heads=4 over tensor=8" in str(caught.value)
 
 
-def test_batches_are_cut_over_data_and_fsdp():
-    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+@pytest.mark.parametrize(
+    "sizes", [{"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "expert": 2}, {"expert": 8}]
+)
+def test_batches_are_cut_over_data_fsdp_and_expert(sizes):
+    mesh = make_mesh(MeshConfig(**{"data": 1, **sizes}))
     placed = place_batch({"x": np.arange(32).reshape(2, 16)}, mesh, batch_axis=1)
     assert placed["x"].addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(placed["x"], np.arange(32).reshape(2, 16))
     with pytest.raises(InputError, match="batch of 12 rows does not divide over 8 devices"):
         place_batch({"x": jnp.zeros((12, 3))}, mesh)
+
+
+def test_a_mesh_without_an_axis_for_experts_cuts_batches_over_the_others(mesh8):
+    assert batch_multiple(mesh8) == 4
+    placed = place_batch(np.arange(8), mesh8)
+    assert placed.addressable_shards[0].data.shape == (2,)
+
+
+def test_experts_are_cut_over_their_axis():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    axes = {"gate": ("layers", "experts", "embed", "mlp"), "router": ("layers", "embed", "router")}
+    shapes = {"gate": jnp.zeros((3, 4, 8, 6)), "router": jnp.zeros((3, 8, 4))}
+    shardings = tree_shardings(mesh, axes, shapes)
+    assert shardings["gate"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
+    assert shardings["router"].spec == PartitionSpec(None, "fsdp", None)
+    with pytest.raises(InputError, match="gate: experts=3 over expert=2"):
+        tree_shardings(mesh, axes, shapes | {"gate": jnp.zeros((3, 3, 8, 6))})

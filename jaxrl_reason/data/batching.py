@@ -4,16 +4,65 @@ Nothing here holds state: which examples a step sees follows from (seed, step) a
 run continues exactly and the data cursor of a checkpoint is its step.
 """
 
+import hashlib
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl_reason.data.vision import VisionRow, join_rows, pack_vision
 from jaxrl_reason.errors import InputError
 
 Batch = dict[str, np.ndarray]
-Example = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its completion."""
+
+
+class ShownLater(NamedTuple):
+    """Images and videos that are read again when a batch needs them."""
+
+    load: Callable[[], VisionRow]
+    num_patches: int
+    digest: str
+    """Identifies them."""
+
+    @classmethod
+    def of(cls, row: VisionRow, load: Callable[[], VisionRow]) -> "ShownLater":
+        """In place of a row that `load` gives again."""
+        arrays = (row.patches, row.patch_grids, row.patch_segments, row.visual_index)
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return cls(load, len(row.patches), digest.hexdigest()[:16])
+
+
+class Example(NamedTuple):
+    """Token ids of a prompt and of its completion."""
+
+    prompt: list[int]
+    completion: list[int]
+    counted: list[bool] | None = None
+    """Which tokens of the completion count in the loss; all if None."""
+    shown: VisionRow | ShownLater | None = None
+    """Images and videos among all these tokens, and their positions, for models that see."""
+
+    @property
+    def size(self) -> int:
+        """Tokens of both."""
+        return len(self.prompt) + len(self.completion)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of its images and videos."""
+        if self.shown is None:
+            return 0
+        later = isinstance(self.shown, ShownLater)
+        return self.shown.num_patches if later else len(self.shown.patches)
+
+    @property
+    def identity(self) -> list[Any]:
+        """As JSON values what tells it from others."""
+        shown = self.shown.digest if isinstance(self.shown, ShownLater) else None
+        return [self.prompt, self.completion, self.counted, shown]
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -57,19 +106,27 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def fill_rows(
-    rows: Sequence[Sequence[Example]], row_length: int, *, pad_id: int, num_rows: int | None = None
+    rows: Sequence[Sequence[Example]],
+    row_length: int,
+    *,
+    pad_id: int,
+    num_rows: int | None = None,
+    num_patches: int | None = None,
 ) -> Batch:
     """Rows of one or several documents as arrays.
 
     Args:
-        rows: for each row its (prompt, completion) documents, in order.
+        rows: for each row its documents, in order; plain (prompt, completion) pairs will do.
         row_length: tokens in a row.
         pad_id: id of unused tokens.
         num_rows: pad with empty rows up to this many.
+        num_patches: patches of images and videos that a row has room for, in runs of a model that
+            sees; every document then says what it shows.
 
     Returns:
         `tokens, positions, segment_ids` int32 and `completion_mask` bool, all [rows, row_length].
-        Positions restart with every document; segment ids count from 1 and are 0 on padding.
+        Positions restart with every document; segment ids count from 1 and are 0 on padding. With
+        `num_patches` positions are [rows, row_length, 3], and there is what `pack_vision` gives.
     """
     shape = (num_rows or len(rows), row_length)
     batch = {
@@ -78,19 +135,53 @@ def fill_rows(
         "segment_ids": np.zeros(shape, np.int32),
         "completion_mask": np.zeros(shape, bool),
     }
-    for r, documents in enumerate(rows):
+    documents = [[Example(*document) for document in row] for row in rows]
+    for r, row in enumerate(documents):
         at = 0
-        for number, (prompt, completion) in enumerate(documents, start=1):
-            size = len(prompt) + len(completion)
+        for number, document in enumerate(row, start=1):
+            size = document.size
             if at + size > row_length:
                 raise ValueError(f"row {r} needs {at + size} tokens but holds {row_length}")
             here = slice(at, at + size)
-            batch["tokens"][r, here] = [*prompt, *completion]
+            batch["tokens"][r, here] = [*document.prompt, *document.completion]
             batch["positions"][r, here] = np.arange(size)
             batch["segment_ids"][r, here] = number
-            batch["completion_mask"][r, at + len(prompt) : at + size] = True
+            counted = True if document.counted is None else document.counted
+            batch["completion_mask"][r, at + len(document.prompt) : at + size] = counted
             at += size
-    return batch
+    if num_patches is None:
+        return batch
+    show = lambda shown: shown.load() if isinstance(shown, ShownLater) else shown
+    shown = [[show(document.shown) for document in row] for row in documents]
+    return batch | visual_rows(shown, shape, num_patches)
+
+
+def visual_rows(
+    rows: Sequence[Sequence[VisionRow]],
+    shape: tuple[int, int],
+    num_patches: int,
+    *,
+    like: VisionRow | None = None,
+) -> Batch:
+    """Positions [R, T, 3] and the arrays of `pack_vision` of documents one after another.
+
+    Args:
+        rows: for each row its documents, in order.
+        shape: (R, T); rows beyond those given are empty.
+        num_patches: P, patches that a row has room for.
+        like: any document, where there may be no row.
+    """
+    joined = [join_rows(row, row_length=shape[1]) for row in rows]
+    one = like if like is not None else joined[0]
+    empty = one._replace(
+        **{name: getattr(one, name)[:0] for name in one._fields if name != "next_position"}
+    )
+    joined += [empty] * (shape[0] - len(rows))
+    packed = pack_vision(joined, num_patches, row_length=shape[1])
+    positions = np.zeros((*shape, 3), np.int32)
+    for r, row in enumerate(joined):
+        positions[r, : len(row.positions)] = row.positions
+    return {**packed, "positions": positions}
 
 
 def microbatches(batch: Batch, count: int) -> Batch:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxrl_reason.data.batching import Batch
+from jaxrl_reason.data.vision import VisionRow, join_rows
 from jaxrl_reason.errors import InputError
 
 
@@ -194,3 +195,35 @@ def _row(
             targets.append(lines(tokens[offsets], sources, branch, number, offsets))
             at += len(tokens)
     return np.concatenate(slots), np.concatenate(targets)
+
+
+def show_groups(
+    rows: Sequence[Sequence[Document]],
+    shown: Sequence[VisionRow],
+    lengths: Mapping[int, int],
+    row_length: int,
+) -> list[VisionRow]:
+    """What the rows of `fill_groups` show, and the positions of their tokens.
+
+    Args:
+        rows: from `pack_groups`.
+        shown: of every group's prompt.
+        lengths: tokens of every completion in `rows`, by number.
+        row_length: tokens in a row.
+    """
+    return [
+        join_rows(
+            [continued(shown[g], [lengths[i] for i in numbers]) for g, numbers in documents],
+            row_length=row_length,
+        )
+        for documents in rows
+    ]
+
+
+def continued(prompt: VisionRow, lengths: Sequence[int]) -> VisionRow:
+    """A prompt's row with continuations of text, each of which begins where the prompt ends."""
+    behind = [np.repeat(prompt.next_position + np.arange(n), 3).reshape(-1, 3) for n in lengths]
+    return prompt._replace(
+        positions=np.concatenate([prompt.positions, *behind]).astype(np.int32),
+        visual_index=np.concatenate([prompt.visual_index, np.full(sum(lengths), -1, np.int32)]),
+    )

@@ -1,83 +1,62 @@
 """Rows of a data set, each knowing where it came from, so that an error names the file and line.
 
-A source is a JSONL file, a Parquet file, or the id of a data set on the Hugging Face hub. Columns
-have TRL's names: `prompt` and `completion`; `prompt`, `chosen` and `rejected`; `prompt` alone; or
-`messages`. A text column holds a string or a list of `{"role": ..., "content": ...}`.
+Columns have TRL's names: `messages`; `prompt` and `completion`; `prompt`, `chosen` and `rejected`,
+or these two without the prompt that they share; or `prompt` alone. Such a column holds a string or
+a list of `{"role": ..., "content": ...}`, whose content is a string or a list of parts
+`{"type": "text" | "image" | "video", ...}`. `columns` of `load_records` makes them from others.
 """
 
-import codecs
-import dataclasses
 import hashlib
 import json
 import os
-import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import string
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
+from jaxrl_reason.data.sources import Record, Row, Source, read_lines, read_source, show
 from jaxrl_reason.errors import InputError, nearest
 
-Row = dict[str, Any]
 Types = Mapping[str, type | tuple[type, ...]]
-Format = Literal["preference", "prompt_completion", "messages", "prompt_only"]
-Result = TypeVar("Result")
+Format = Literal[
+    "preference", "prompt_completion", "implicit_preference", "messages", "prompt_only"
+]
 
 # The columns of each format; a row has the first format of which it has all columns.
 FORMATS: Mapping[Format, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
     "prompt_completion": ("prompt", "completion"),
+    "implicit_preference": ("chosen", "rejected"),
     "messages": ("messages",),
     "prompt_only": ("prompt",),
 }
-_HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<subset>[\w.-]+))?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """A row and its place, such as `data/train.jsonl:17`."""
-
-    row: Row
-    where: str
-
-    def check(self, function: Callable[[Row], Result]) -> Result:
-        """`function(row)`; a `ValueError` becomes an `InputError` that names the row's place."""
-        try:
-            return function(self.row)
-        except ValueError as error:
-            raise InputError(f"{self.where}: {error}") from error
 
 
 def load_records(
-    source: str | Path,
+    source: Source,
     *,
     required: Sequence[str] = (),
     types: Types | None = None,
     split: str = "train",
+    columns: Mapping[str, str] | None = None,
 ) -> list[Record]:
-    """Read all rows of a file or of a data set on the hub.
+    """Read all rows of a file or of a data set.
 
     Args:
-        source: a `.jsonl` or `.parquet` file, or a hub id `owner/name` or `owner/name:subset`.
-        required: columns that every row must have.
+        source: what `data.sources` reads: a file, a directory, a hub id, `tfds:name`, or an object
+            with rows in it.
+        required: columns that every row must have, once `columns` are made.
         types: types of columns, where present; a required column that is not named is a string.
-        split: split of a data set on the hub; files have none.
+        split: split of a data set that has splits; files have none.
+        columns: what columns are made of: the name of another, as in `{"prompt": "question"}`, or
+            a text with names in braces, as in `{"prompt": "Question: {question}"}`. Other columns
+            stay.
 
     Raises:
         InputError: no such source, no rows, or a row that is malformed, lacks a column or has a
             value of another type, by file and line.
     """
-    path, hub = Path(source), _HUB_ID.fullmatch(str(source))
-    if path.suffix == ".jsonl":
-        records = _jsonl(path)
-    elif path.suffix == ".parquet":
-        records = _parquet(path)
-    elif hub is not None and not path.exists():
-        records = _hub(hub["name"], hub["subset"], split)
-    else:
-        raise InputError(
-            f"{source}: give a .jsonl or .parquet file, or a hub id such as owner/name"
-        )
+    records = (_with_columns(record, columns or {}) for record in read_source(source, split))
     checked = [_checked(record, required, types or {}) for record in records]
     if not checked:
         raise InputError(f"{source}: no rows")
@@ -88,7 +67,7 @@ def read_jsonl(
     path: str | Path, required: Sequence[str] = (), types: Types | None = None
 ) -> list[Row]:
     """The rows of a JSONL file, whatever its suffix; checks and errors as in `load_records`."""
-    rows = [_checked(record, required, types or {}).row for record in _jsonl(Path(path))]
+    rows = [_checked(record, required, types or {}).row for record in read_lines(Path(path))]
     if not rows:
         raise InputError(f"{path}: no rows; write one JSON object a line")
     return rows
@@ -112,6 +91,19 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
+def format_of(row: Mapping[str, Any]) -> Format:
+    """The format of one row, by its columns.
+
+    Raises:
+        ValueError: columns of no format.
+    """
+    for name, needed in FORMATS.items():
+        if row.keys() >= set(needed):
+            return name
+    known = "; ".join(", ".join(needed) for needed in FORMATS.values())
+    raise InputError(f"got columns {', '.join(row)}; needed: {known}")
+
+
 def recognise(records: Sequence[Record]) -> Format:
     """The format that all rows share, decided by the columns of the first.
 
@@ -119,93 +111,53 @@ def recognise(records: Sequence[Record]) -> Format:
         InputError: columns of no format, a row without the columns of the first, or a column that
             is neither a string nor a list of messages.
     """
-    columns = records[0].row.keys()
-    for name, needed in FORMATS.items():
-        if columns >= set(needed):
-            for record in records:
-                for column in needed:
-                    _check_text(record, column)
-            return name
-    known = "; ".join(", ".join(needed) for needed in FORMATS.values())
-    raise InputError(f"{records[0].where}: got columns {', '.join(columns)}; needed: {known}")
+    name = records[0].check(format_of)
+    for record in records:
+        for column in FORMATS[name]:
+            _check_text(record, column)
+    return name
 
 
 def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     """Sixteen hexadecimal digits of the rows and their order, whatever file they come from."""
     digest = hashlib.sha256()
     for row in rows:
-        # Values that JSON has not, such as the dates of a Parquet file, count by their text.
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(json.dumps(row, sort_keys=True, default=_fixed).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-# Sources
+def _fixed(value: Any) -> str:
+    """What stands for a value that JSON has not: of an array or image all of it, else its text."""
+    if isinstance(value, bytes) or hasattr(value, "tobytes"):
+        data = value if isinstance(value, bytes) else value.tobytes()
+        return f"{getattr(value, 'shape', '')} {hashlib.sha256(data).hexdigest()}"
+    return str(value)
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
-    try:
-        content = _existing(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    for number, line in enumerate(content.rstrip().splitlines(), start=1):
-        where = f"{path}:{number}"
+def _with_columns(record: Record, columns: Mapping[str, str]) -> Record:
+    """A record with columns made of others."""
+    made = {}
+    for column, origin in columns.items():
+        if "{" not in origin and "}" not in origin:
+            made[column] = record.row[_known(record, origin)]
+            continue
         try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
+            names = {name for _, name, _, _ in string.Formatter().parse(origin) if name is not None}
+        except ValueError as error:
             raise InputError(
-                f"{where}: byte {error.start + 1} of the line is not UTF-8; re-encode the file"
+                f"columns.{column}={origin!r}: {error}; a brace that is text is written twice"
             ) from error
-        except json.JSONDecodeError as error:
-            found = _show(line.decode("utf-8")) if line.strip() else "an empty line"
-            raise InputError(
-                f"{where}: got {found}, no valid JSON ({error.msg} at column {error.colno}); "
-                "write one JSON object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: got {_show(row)}; write one JSON object a line")
-        yield Record(row, where)
+        made[column] = origin.format_map({name: record.row[_known(record, name)] for name in names})
+    return Record({**record.row, **made}, record.where) if made else record
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    import datasets
-
-    _existing(path)
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()  # a local file is read faster than a bar is drawn
-    try:
-        with tempfile.TemporaryDirectory() as cache:
-            table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-    except Exception as error:  # pyarrow and datasets raise half a dozen kinds
-        raise InputError(f"{path}: not a readable Parquet file: {_first_line(error)}") from error
-    finally:
-        if bars:
-            datasets.enable_progress_bars()
-    for number, row in enumerate(table.to_list(), start=1):
-        yield Record(row, f"{path} row {number}")
-
-
-def _hub(name: str, subset: str | None, split: str) -> Iterator[Record]:
-    import datasets
-
-    try:
-        table = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # no network, no such data set, no such split, no permission, ...
+def _known(record: Record, column: str) -> str:
+    if column not in record.row:
         raise InputError(
-            f"{name}: neither a file nor readable on the Hugging Face hub with subset {subset} and "
-            f"split {split}: {_first_line(error)}"
-        ) from error
-    for number, row in enumerate(table, start=1):
-        yield Record(dict(row), f"{name} {split} row {number}")
-
-
-def _existing(path: Path) -> Path:
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; give a file")
-    if not path.exists():
-        folder = path.parent
-        names = [other.name for other in folder.iterdir()] if folder.is_dir() else []
-        raise InputError(f"{path}: no such file; in {folder}: {nearest(path.name, names)}")
-    return path
+            f"{record.where}: no column {column!r} to make another of; "
+            f"{nearest(column, record.row)}"
+        )
+    return column
 
 
 # Checks
@@ -230,30 +182,28 @@ def _check_column(record: Record, column: str, wanted: type | tuple[type, ...]) 
     if not fits:
         names = " or ".join(kind.__name__ for kind in wanted)
         raise InputError(
-            f"{record.where}: column {column!r} is {_show(row[column])}; it must be {names}"
+            f"{record.where}: column {column!r} is {show(row[column])}; it must be {names}"
         )
 
 
 def _check_text(record: Record, column: str) -> None:
     _check_column(record, column, list if column == "messages" else (str, list))
     value = record.row[column]
-    conversation = isinstance(value, list) and all(
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in value
-    )
+    conversation = isinstance(value, list) and all(map(_is_message, value))
     if not value or not (conversation or isinstance(value, str)):
         raise InputError(
-            f"{record.where}: column {column!r} is {_show(value)}; it must be text or a list of "
+            f"{record.where}: column {column!r} is {show(value)}; it must be text or a list of "
             '{"role": ..., "content": ...}, and not empty'
         )
 
 
-def _show(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    content = message.get("content")
+    if content is None:
+        return bool(message.get("tool_calls"))
+    parts = isinstance(content, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("type"), str) for part in content
+    )
+    return parts or isinstance(content, str)

@@ -1,23 +1,28 @@
-"""Tokenizers built from a task's closed vocabulary, and the one way text becomes tokens and back.
+"""Tokenizers: built from a task's closed vocabulary, or loaded as published.
 
-A conversation is `<user> prompt <assistant> completion <eos>`; the completion and its end marker
-stand inside the chat template's generation marks, so they are exactly the tokens of the loss. At
-word level a token is a word or a single punctuation mark, white space carries no meaning, and
-decoding joins tokens by spaces. At character level white space is kept, except next to the tags.
+In one that is built a conversation is `<user> prompt <assistant> completion <eos>`; the completion
+and its end marker stand inside the chat template's generation marks, so they are exactly the tokens
+of the loss. At word level a token is a word or a single punctuation mark, white space carries no
+meaning, and decoding joins tokens by spaces. At character level white space is kept, except next to
+the tags.
 """
 
-import functools
+import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.hub import cached_file
 
+from jaxrl_reason.data.chat import decode, encode_completion, encode_prompt
 from jaxrl_reason.errors import InputError
 
 PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 SPECIALS = (PAD, EOS, USER, ASSISTANT, *TAGS, UNKNOWN)
 
 _CHAT_TEMPLATE = (
@@ -85,26 +90,17 @@ def build_tokenizer(
 
 def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt_text: str) -> list[int]:
     """Tokens of the user's turn and of the marker after which the model speaks."""
-    _check_text(tokenizer, prompt_text)
-    turn = [{"role": "user", "content": prompt_text}]
-    tokens = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=False)
-    return cast(list[int], tokens)
+    return encode_prompt(tokenizer, prompt_text)
 
 
 def render_completion(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     """Tokens of a completion and its end marker: what follows `render_prompt` in a conversation."""
-    return [*_check_text(tokenizer, text), cast(int, tokenizer.eos_token_id)]
+    return encode_completion(tokenizer, "", text)[1]
 
 
 def decode_completion(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     """Text of sampled tokens up to the first end marker; padding is dropped, all else is kept."""
-    kept = []
-    for token in ids:
-        if token == tokenizer.eos_token_id:
-            break
-        if token != tokenizer.pad_token_id:
-            kept.append(int(token))
-    return cast(str, tokenizer.decode(kept, skip_special_tokens=False))
+    return decode(tokenizer, ids)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:
@@ -112,31 +108,51 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) ->
     tokenizer.save_pretrained(directory)
 
 
-def load_tokenizer(directory: str | Path) -> PreTrainedTokenizerFast:
-    """Read what `save_tokenizer` wrote; never looks anything up on a network."""
-    if not (Path(directory) / "tokenizer.json").is_file():
-        raise InputError(f"no tokenizer.json in {directory}; give a directory of a saved tokenizer")
-    return PreTrainedTokenizerFast.from_pretrained(str(directory), local_files_only=True)
+def load_tokenizer(
+    source: str | Path, *, revision: str | None = None, chat_template_path: str | Path | None = None
+) -> PreTrainedTokenizerFast:
+    """A tokenizer from a directory, without a network, or from the Hugging Face hub.
+
+    Args:
+        source: directory with a `tokenizer.json`, or hub id.
+        revision: branch, tag or commit on the hub.
+        chat_template_path: file with a Jinja template in place of the tokenizer's own.
+
+    Raises:
+        InputError: no such directory, file or repository, or a tokenizer without token offsets.
+    """
+    local = Path(source).is_dir()
+    if not (Path(source) / "tokenizer.json").is_file() and (
+        local or not _HUB_ID.fullmatch(str(source))
+    ):
+        raise InputError(f"no tokenizer.json in {source}; give a directory of a saved tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(source), local_files_only=local, revision=revision or "main"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{source}: no tokenizer could be read: {reason}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise InputError(
+            f"{source}: its tokenizer is a {type(tokenizer).__name__} without a tokenizer.json; "
+            "convert it with transformers and save it"
+        )
+    if chat_template_path is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"chat_template_path={chat_template_path}: {error}") from error
+    return tokenizer
 
 
-@functools.lru_cache(maxsize=8)
-def _markers(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    return tuple(tokenizer.all_special_tokens)
-
-
-def _check_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Tokens of a text; refuses one that forges a turn or that the vocabulary cannot express."""
-    for marker in _markers(tokenizer):
-        if marker in text:
-            raise InputError(f"the text contains the marker {marker!r}; remove it: {text[:80]!r}")
-    text = text.strip()
-    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in encoding.ids:
-        return encoding.ids
-    for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-        if token == tokenizer.unk_token_id:
-            raise InputError(
-                f"the word {text[start:end]!r} is not in the tokenizer's vocabulary of "
-                f"{len(tokenizer)} entries; use the words of the task, or another tokenizer"
-            )
-    return encoding.ids
+def load_generation_config(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The `generation_config.json` of a directory or of a hub id; empty where there is none."""
+    path = cached_file(
+        str(source),
+        "generation_config.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))

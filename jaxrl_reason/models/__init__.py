@@ -2,7 +2,7 @@
 
 from jaxrl_reason.models.config import PRESETS, ModelConfig, preset
 from jaxrl_reason.models.decoder import Model, Params
-from jaxrl_reason.models.paged import Pages, PageTable, empty_pages, write_contexts
+from jaxrl_reason.models.paged import Pages, PageTable, Place, empty_pages, write_contexts
 
 __all__ = [
     "PRESETS",
@@ -11,6 +11,7 @@ __all__ = [
     "PageTable",
     "Pages",
     "Params",
+    "Place",
     "empty_pages",
     "preset",
     "write_contexts",

@@ -1,10 +1,10 @@
 """Grouped-query attention and the mask of whole rows.
 
-Who may look at whom is decided by three things only: the slot (a query sees slots at or before its
-own), the segment (a query sees its own document) and the branch (a document may hold several
-continuations of one prompt; a query sees the prompt and its own continuation). Segment 0 is
-padding, seen by nobody else. For a row holding document 1, a prompt with two continuations, then
-document 2, and one slot of padding,
+Who may look at whom is decided by the slot (a query sees slots at or before its own), the segment
+(a query sees its own document) and the branch (a document may hold several continuations of one
+prompt; a query sees the prompt and its own continuation); in sliding layers also by the position (a
+query sees the last ones only). Segment 0 is padding, seen by nobody else. For a row holding
+document 1, a prompt with two continuations, then document 2, and one slot of padding,
 
     segment_ids  1 1 1 2 0      query 0:  x . . . .
     branch_ids   0 1 2 0 0      query 1:  x x . . .
@@ -14,6 +14,7 @@ document 2, and one slot of padding,
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.models.config import ModelConfig
-from jaxrl_reason.models.layers import Projection, RMSNorm, rotate
+from jaxrl_reason.models.layers import Projection, RMSNorm
+from jaxrl_reason.models.rotary import Rotation, rotate
 
 MixRows = Callable[[Array, Array, Array], Array]
 """Of whole rows: queries [B T N H], keys and values [B T K H] -> mixed values [B T N H]."""
@@ -29,13 +31,27 @@ Mix = Callable[[Array, Array, Array], tuple[Array, tuple[Array, Array]]]
 """The same, and what is kept of keys and values."""
 
 
+class Window(NamedTuple):
+    """How far back a query sees."""
+
+    positions: Int[Array, "B T"]
+    """Of every slot in its document."""
+    size: int
+    """A query at position p sees keys at positions above p - size."""
+
+
 def row_mask(
-    segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"] | None = None
+    segment_ids: Int[Array, "B T"],
+    branch_ids: Int[Array, "B T"] | None = None,
+    window: Window | None = None,
 ) -> Bool[Array, "B T T"]:
     """True where query t may look at key s."""
     slots = jnp.arange(segment_ids.shape[1])
     causal = slots[:, None] >= slots[None, :]
     mask = causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    if window is not None:
+        distance = window.positions[:, :, None] - window.positions[:, None, :]
+        mask &= distance < window.size
     if branch_ids is None:
         return mask
     keys = branch_ids[:, None, :]
@@ -72,23 +88,27 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        mix: Mix,
+        self, x: Float[Array, "B T D"], rotation: Rotation, mix: Mix
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """`mix` knows who sees whom; what it keeps of keys and values is passed on."""
         c = self.config
         d, h = c.hidden_size, c.head_dim
         heads, kv = (d, c.num_attention_heads, h), (d, c.num_key_value_heads, h)
-        q = Projection(c, "btd,dnh->btnh", heads, ("embed", "heads", "head"), name="q")(x)
-        k = Projection(c, "btd,dkh->btkh", kv, ("embed", "kv_heads", "head"), name="k")(x)
-        v = Projection(c, "btd,dkh->btkh", kv, ("embed", "kv_heads", "head"), name="v")(x)
+
+        def project(name, einsum, shape, axes):
+            make = Projection(c, einsum, shape, ("embed", *axes), use_bias=c.qkv_bias, name=name)
+            return make(x)
+
+        q = project("q", "btd,dnh->btnh", heads, ("heads", "head"))
+        k = project("k", "btd,dkh->btkh", kv, ("kv_heads", "head"))
+        v = project("v", "btd,dkh->btkh", kv, ("kv_heads", "head"))
         if c.qk_norm:
             q = RMSNorm(c, "head", name="q_norm")(q)
             k = RMSNorm(c, "head", name="k_norm")(k)
-        q = rotate(q, positions, theta=c.rope_theta)
-        k = rotate(k, positions, theta=c.rope_theta)
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if c.query_pre_attn_scalar is not None:
+            # Every backend divides by the root of the head size.
+            q = q * jnp.asarray((h / c.query_pre_attn_scalar) ** 0.5, q.dtype)
         mixed, kept = mix(q, k, v)
         shape = (c.num_attention_heads, h, d)
         out = Projection(c, "btnh,nhd->btd", shape, ("heads", "head", "embed"), 2, name="o")

@@ -20,7 +20,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_reason.models.attention import wide_dtype
+from jaxrl_reason.models.attention import Window, wide_dtype
 from jaxrl_reason.models.layers import PRODUCT
 
 BLOCK = 64
@@ -42,9 +42,17 @@ class Plan(NamedTuple):
     count: Int[Array, "B"]
     segment_ids: Int[Array, "B n b"]
     branch_ids: Int[Array, "B n b"]
+    positions: Int[Array, "B n b"] | None
+    """In sliding layers."""
+    reach: Int[Array, " B"] | None
+    """In sliding layers: their window."""
 
 
-def plan_blocks(segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"] | None) -> Plan:
+def plan_blocks(
+    segment_ids: Int[Array, "B T"],
+    branch_ids: Int[Array, "B T"] | None,
+    window: Window | None = None,
+) -> Plan:
     """The pairs of blocks that attention of these rows has to visit."""
     branch_ids = jnp.zeros_like(segment_ids) if branch_ids is None else branch_ids
     segments, branches = (_cut(x.astype(jnp.int32)) for x in (segment_ids, branch_ids))
@@ -54,9 +62,16 @@ def plan_blocks(segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"] | 
     # Where a block holds several documents, ranges overlap a little too often, never too rarely.
     needed = (first[:, q] <= last[:, k]) & (first[:, k] <= last[:, q])
     needed &= (low[:, k] == 0) | ((low[:, q] <= high[:, k]) & (low[:, k] <= high[:, q]))
+    positions = reach = None
+    if window is not None:
+        positions = _cut(window.positions.astype(jnp.int32))
+        reach = jnp.full(positions.shape[:1], window.size, jnp.int32)
+        earliest, latest = _range(positions, segments > 0)
+        needed &= earliest[:, q] - latest[:, k] < window.size
     order = jnp.argsort(~needed, axis=1, stable=True)
     pairs = jnp.asarray(np.stack([q, k], axis=-1), jnp.int32)[order]
-    return Plan(pairs, jnp.sum(needed, axis=1, dtype=jnp.int32), segments, branches)
+    count = jnp.sum(needed, axis=1, dtype=jnp.int32)
+    return Plan(pairs, count, segments, branches, positions, reach)
 
 
 def attend_blocks(
@@ -181,6 +196,9 @@ def _visible(plan: Plan, at_q, at_k, scores: Float[Array, "K Gb b"]) -> Bool[Arr
     seen = (at_q * size + slots)[:, None] >= (at_k * size + slots)[None]
     seen &= (q_segments[:, None] == k_segments[None]) & (q_segments > 0)[:, None]
     seen &= (k_branches == 0)[None] | (q_branches[:, None] == k_branches[None])
+    if plan.positions is not None:
+        q_at, k_at = (_read(plan.positions, at) for at in (at_q, at_k))
+        seen &= q_at[:, None] - k_at[None] < plan.reach
     shape = (scores.shape[0], scores.shape[1] // size, size, size)
     return jnp.broadcast_to(seen[None, None], shape).reshape(scores.shape)
 

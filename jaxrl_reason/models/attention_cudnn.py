@@ -6,19 +6,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_reason.models.attention import row_mask
+from jaxrl_reason.models.attention import Window, row_mask
 
 MULTIPLE = 8
 """Rows are padded to a multiple of it: the gradient with a mask needs an even length."""
 
 
 def plan_cudnn(
-    segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"] | None
+    segment_ids: Int[Array, "B T"],
+    branch_ids: Int[Array, "B T"] | None,
+    window: Window | None = None,
 ) -> Bool[Array, "B 1 T T"]:
     """The mask of these rows, padded."""
     padding = ((0, 0), (0, -segment_ids.shape[1] % MULTIPLE))
     branch_ids = None if branch_ids is None else jnp.pad(branch_ids, padding)
-    return row_mask(jnp.pad(segment_ids, padding), branch_ids)[:, None]
+    if window is not None:
+        window = window._replace(positions=jnp.pad(window.positions, padding))
+    return row_mask(jnp.pad(segment_ids, padding), branch_ids, window)[:, None]
 
 
 def attend_cudnn(

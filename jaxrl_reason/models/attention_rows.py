@@ -16,10 +16,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
-from jaxrl_reason.models.attention import MixRows, attend, row_mask
+from jaxrl_reason.models.attention import MixRows, Window, attend, row_mask
 from jaxrl_reason.models.attention_blockwise import BLOCK, attend_blocks, plan_blocks
 from jaxrl_reason.models.attention_cudnn import attend_cudnn, plan_cudnn
 from jaxrl_reason.models.attention_splash import attend_splash, plan_splash
@@ -32,7 +33,7 @@ HEAD_AXES = ("tensor",)
 class Backend(NamedTuple):
     """One way to compute attention of whole rows."""
 
-    plan: Callable[[Array, Array | None], Any]
+    plan: Callable[[Array, Array | None, Window | None], Any]
     attend: Callable[[Array, Array, Array, Any], Array]
 
 
@@ -48,8 +49,12 @@ def row_attention(
     config: ModelConfig,
     segment_ids: Int[Array, "B T"],
     branch_ids: Int[Array, "B T"] | None = None,
-) -> MixRows:
-    """Attention of these rows, for every layer.
+    positions: Int[Array, "B T"] | None = None,
+) -> Callable[[Bool[Array, ""] | bool], MixRows]:
+    """Attention of these rows: of a layer, by whether it is sliding.
+
+    The plans of the two kinds of layers are alike, so that a loop over layers can choose between
+    them at run time. `positions` are needed where a layer is sliding.
 
     Raises:
         ValueError: the configuration names a backend that cannot run here.
@@ -59,8 +64,31 @@ def row_attention(
     name = choose_backend(config, (rows, length), mesh)
     backend = BACKENDS[name]
     mix = backend.attend if name == "plain" else _per_device(backend.attend, mesh)
-    plan = backend.plan(segment_ids, branch_ids)
-    return lambda queries, keys, values: mix(queries, keys, values, plan)
+    plans = dict.fromkeys(set(config.sliding_layers))
+    for sliding in plans:
+        window = None
+        if sliding:
+            if positions is None or positions.ndim != 2:
+                raise ValueError("sliding layers need one position of each token")
+            window = Window(positions, config.sliding_window)
+        elif len(plans) == 2:
+            window = Window(positions, _EVERYTHING)
+        plans[sliding] = backend.plan(segment_ids, branch_ids, window)
+
+    def of_layer(sliding: Bool[Array, ""] | bool) -> MixRows:
+        if len(plans) == 1:
+            plan = next(iter(plans.values()))
+        elif isinstance(sliding, bool):
+            plan = plans[sliding]
+        else:
+            choose = lambda some, all: jnp.where(sliding, some, all)
+            plan = jax.tree.map(choose, plans[True], plans[False])
+        return lambda queries, keys, values: mix(queries, keys, values, plan)
+
+    return of_layer
+
+
+_EVERYTHING = 2**30
 
 
 def choose_backend(config: ModelConfig, shape: tuple[int, int], mesh: AbstractMesh) -> str:

@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jaxtyping import Array, Float, Int
 
-from jaxrl_reason.models.attention import row_mask
+from jaxrl_reason.models.attention import Window, row_mask
 from jaxrl_reason.models.layers import PRODUCT
 
 LANES = 128
@@ -30,11 +30,17 @@ class SplashPlan(NamedTuple):
     by_key: splash_attention_mask_info.MaskInfo
 
 
-def plan_splash(segment_ids: Int[Array, "B T"], branch_ids: Int[Array, "B T"] | None) -> SplashPlan:
+def plan_splash(
+    segment_ids: Int[Array, "B T"],
+    branch_ids: Int[Array, "B T"] | None,
+    window: Window | None = None,
+) -> SplashPlan:
     """Tables of the kernel for these rows."""
     padding = ((0, 0), (0, -segment_ids.shape[1] % LANES))
     branch_ids = None if branch_ids is None else jnp.pad(branch_ids, padding)
-    mask = row_mask(jnp.pad(segment_ids, padding), branch_ids)
+    if window is not None:
+        window = window._replace(positions=jnp.pad(window.positions, padding))
+    mask = row_mask(jnp.pad(segment_ids, padding), branch_ids, window)
     size = _block(mask.shape[1])
 
     def tables(mask):

@@ -7,9 +7,41 @@ static argument. Field names are those of Hugging Face configurations.
 import dataclasses
 from typing import Literal, get_args
 
+from jaxrl_reason.models.lora import LoRAConfig
+from jaxrl_reason.models.vision_config import VisionConfig
+
 RematPolicy = Literal["none", "dots", "full"]
+LayerType = Literal["full_attention", "sliding_attention"]
+Activation = Literal["silu", "gelu_tanh"]
 AttentionBackend = Literal["auto", "plain", "blockwise", "cudnn", "splash"]
 DType = Literal["float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than those of pretraining."""
+
+    rope_type: Literal["linear", "llama3"]
+    """`linear` divides every frequency; `llama3` the low ones only, with a smooth passage."""
+    factor: float
+    """What low frequencies are divided by."""
+    low_freq_factor: float = 1.0
+    """`llama3`: waves longer than `original_max_position_embeddings` / this are divided."""
+    high_freq_factor: float = 4.0
+    """`llama3`: waves shorter than `original_max_position_embeddings` / this are kept."""
+    original_max_position_embeddings: int = 8192
+    """`llama3`: longest sequence of pretraining, in tokens."""
+
+    def __post_init__(self):
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(f"rope_type={self.rope_type!r} is unknown; one of linear, llama3")
+        if self.factor <= 0:
+            raise ValueError(f"factor={self.factor} must be positive")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor={self.low_freq_factor} must be smaller than "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +74,48 @@ class ModelConfig:
     """Use the embedding as the output head."""
     initializer_range: float = 0.02
     """Standard deviation of the embedding's initial values."""
+    qkv_bias: bool = False
+    """Add a vector to queries, keys and values (Qwen 2)."""
+    sliding_window: int | None = None
+    """In sliding layers, a query at position p sees keys at positions above p minus this."""
+    layer_types: tuple[LayerType, ...] = ()
+    """Kind of attention of each layer; empty: all sliding with a `sliding_window`, else full."""
+    rope_scaling: RopeScaling | None = None
+    """Stretching of the rotary frequencies of full layers."""
+    rope_local_theta: float | None = None
+    """Base of the rotary frequencies of sliding layers, which are not stretched (Gemma 3); null:
+    rotation is the same in all layers."""
+    mrope_section: tuple[int, ...] = ()
+    """Rotary frequencies that turn with the temporal, the vertical and the horizontal position of a
+    token; empty: tokens have one position."""
+    mrope_interleaved: bool = False
+    """The three kinds of frequencies alternate (Qwen3-VL), instead of lying one after the other."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by the root of this; `head_dim` when null (Gemma)."""
+    hidden_act: Activation = "silu"
+    """Of the gate of the MLP."""
+    sandwich_norms: bool = False
+    """RMSNorm after attention and after the MLP too (Gemma 3)."""
+    rms_norm_offset: bool = False
+    """Norms multiply by one plus their scale, which starts at 0 (Gemma)."""
+    scale_embeddings: bool = False
+    """Multiply embeddings by the root of `hidden_size`, rounded to `dtype` (Gemma)."""
+    num_experts: int = 0
+    """Experts E of every MLP; 0: one dense MLP."""
+    num_experts_per_tok: int = 0
+    """Experts that a token goes through."""
+    moe_intermediate_size: int = 0
+    """Width F of an expert."""
+    norm_topk_prob: bool = True
+    """The weights of a token's experts sum to 1."""
+    router_aux_loss_coef: float = 0.0
+    """Weight of the load-balancing loss in supervised training."""
+    vision: VisionConfig | None = None
+    """The encoder of images and videos."""
+    lora: LoRAConfig | None = None
+    """Adapters, which are then all that is trained."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the parameters that are not trained, for example `vision`."""
     dtype: DType = "float32"
     """Compute dtype of projections; norms, softmax and rotation are float32 whatever it is."""
     param_dtype: DType = "float32"
@@ -70,23 +144,75 @@ class ModelConfig:
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        for name in ("layer_types", "mrope_section", "freeze"):  # lists of JSON would not hash
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary pairs two channels")
-        if self.attention not in get_args(AttentionBackend):
+        for name, kinds in (("attention", AttentionBackend), ("hidden_act", Activation)):
+            given, allowed = getattr(self, name), get_args(kinds)
+            if given not in allowed:
+                raise ValueError(f"{name}={given!r} is unknown; one of {', '.join(allowed)}")
+        self._check_layers()
+        if self.mrope_section and (
+            len(self.mrope_section) != 3 or sum(self.mrope_section) != self.head_dim // 2
+        ):
             raise ValueError(
-                f"attention={self.attention!r} is unknown; "
-                f"one of {', '.join(get_args(AttentionBackend))}"
+                f"mrope_section={self.mrope_section} must be three numbers that sum to half of "
+                f"head_dim={self.head_dim}"
+            )
+        self._check_experts()
+
+    def _check_layers(self) -> None:
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window={self.sliding_window} must be at least 1, or null")
+        unknown = set(self.layer_types) - set(get_args(LayerType))
+        if unknown:
+            raise ValueError(
+                f"layer_types has {sorted(unknown)}; allowed are {', '.join(get_args(LayerType))}"
+            )
+        if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types has {len(self.layer_types)} entries for "
+                f"num_hidden_layers={self.num_hidden_layers}"
+            )
+        if "sliding_attention" in self.layer_types and self.sliding_window is None:
+            raise ValueError("layer_types has sliding layers; set sliding_window")
+
+    def _check_experts(self) -> None:
+        if not self.num_experts:
+            return
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} must lie in "
+                f"1..num_experts={self.num_experts}"
+            )
+        if self.moe_intermediate_size < 1:
+            raise ValueError(
+                f"moe_intermediate_size={self.moe_intermediate_size} must be at least 1"
             )
 
     @property
+    def sliding_layers(self) -> tuple[bool, ...]:
+        """For every layer whether it sees a window only."""
+        if self.layer_types:
+            return tuple(kind == "sliding_attention" for kind in self.layer_types)
+        return (self.sliding_window is not None,) * self.num_hidden_layers
+
+    @property
     def num_parameters(self) -> int:
-        """Number of parameters, embedding included."""
+        """Number of parameters, embedding included and adapters not."""
         d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
         attention = d * h * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        norms = 2 * d + (2 * h if self.qk_norm else 0)
+        if self.qkv_bias:
+            attention += h * (self.num_attention_heads + 2 * self.num_key_value_heads)
+        norms = (4 if self.sandwich_norms else 2) * d + (2 * h if self.qk_norm else 0)
         heads = 1 if self.tie_word_embeddings else 2
-        layer = attention + 3 * d * f + norms
-        return self.num_hidden_layers * layer + d + heads * self.vocab_size * d
+        mlp = 3 * d * f
+        if self.num_experts:
+            mlp = self.num_experts * (3 * d * self.moe_intermediate_size + d)
+        layer = attention + mlp + norms
+        vision = 0 if self.vision is None else self.vision.num_parameters
+        return self.num_hidden_layers * layer + d + heads * self.vocab_size * d + vision
 
 
 _PRESETS: dict[str, dict[str, int]] = {

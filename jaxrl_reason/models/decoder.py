@@ -8,35 +8,53 @@ are arrays of their own and a step updates them in place. Nothing outside `model
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.models.attention import Attention, Mix
 from jaxrl_reason.models.attention_rows import row_attention
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.layers import PRODUCT, GatedMLP, RMSNorm
-from jaxrl_reason.models.paged import Pages, PageTable, attend_pages
+from jaxrl_reason.models.moe import MoE, RouterStats
+from jaxrl_reason.models.paged import Pages, PageTable, Place, attend_pages
+from jaxrl_reason.models.rotary import Rotation, rotation
+from jaxrl_reason.models.vision import (
+    init_vision,
+    place_deep,
+    splice_features,
+    vision_axes,
+    vision_features,
+)
 
 Params = dict[str, Any]
+Visual = Mapping[str, Array]
+"""Images and videos among the tokens of rows; see `Model.forward`."""
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with residual connections."""
+    """Pre-norm attention and MLP with residual connections; `sandwich_norms` adds norms after."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, positions, mix: Mix):
+    def __call__(self, x, rotation: Rotation, mix: Mix, mask: Bool[Array, "B T"] | None = None):
+        """The new x, what `mix` kept, and what a mixture of experts counted under the mask."""
         c = self.config
+        after = lambda name, x: RMSNorm(c, name=name)(x) if c.sandwich_norms else x
         normed = RMSNorm(c, name="attention_norm")(x)
-        mixed, kept = Attention(c, name="attention")(normed, positions, mix)
-        x = x + mixed
-        x = x + GatedMLP(c, name="mlp")(RMSNorm(c, name="mlp_norm")(x))
-        return x, kept
+        mixed, kept = Attention(c, name="attention")(normed, rotation, mix)
+        x = x + after("post_attention_norm", mixed)
+        normed, stats = RMSNorm(c, name="mlp_norm")(x), None
+        if c.num_experts:
+            mapped, stats = MoE(c, name="moe")(normed, mask)
+        else:
+            mapped = GatedMLP(c, name="mlp")(normed)
+        return x + after("post_mlp_norm", mapped), kept, stats
 
 
 class Ends(nn.Module):
@@ -56,7 +74,10 @@ class Ends(nn.Module):
         self.final_norm = RMSNorm(c)
 
     def embed(self, tokens):
-        return jnp.take(self.embedding, tokens, axis=0).astype(jnp.dtype(self.config.dtype))
+        x = jnp.take(self.embedding, tokens, axis=0).astype(jnp.dtype(self.config.dtype))
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        return x
 
     def norm(self, x):
         return self.final_norm(x)
@@ -90,7 +111,10 @@ class Model:
 
     def init(self, key: Array) -> Params:
         """Fresh parameters. Run it under `jax.jit` with `out_shardings` to create them sharded."""
-        return _values(self._init_boxed(key))
+        params = _values(self._init_boxed(key))
+        if self.config.vision is not None:
+            params["vision"] = init_vision(self.config, jax.random.fold_in(key, 1))
+        return params
 
     def axes(self) -> Params:
         """For every parameter the tuple of its logical axis names, in the structure of `init`."""
@@ -98,15 +122,16 @@ class Model:
         is_box = lambda x: isinstance(x, nn.Partitioned)
         names = jax.tree.map(lambda box: box.names, boxed, is_leaf=is_box)
         layers = jax.tree.map(lambda n: ("layers", *n), names["layers"], is_leaf=_is_names)
-        return {**names, "layers": layers}
+        vision = {} if self.config.vision is None else {"vision": vision_axes(self.config)}
+        return {**names, "layers": layers, **vision}
 
     def _init_boxed(self, key: Array) -> Params:
         ends_key, layers_key = jax.random.split(key)
         tokens = jnp.zeros((1, 1), jnp.int32)
         x = jnp.zeros((1, 1, self.config.hidden_size), jnp.dtype(self.config.dtype))
-        mix = lambda q, k, v: (q, (k, v))
+        turn, mix = rotation(self.config, tokens), lambda q, k, v: (q, (k, v))
         ends = Ends(self.config).init(ends_key, tokens)["params"]
-        init_block = lambda k: Block(self.config).init(k, x, tokens, mix)["params"]
+        init_block = lambda k: Block(self.config).init(k, x, turn, mix)["params"]
         keys = jax.random.split(layers_key, self.config.num_hidden_layers)
         return {**ends, "layers": jax.vmap(init_block)(keys)}
 
@@ -115,9 +140,10 @@ class Model:
         params: Params,
         tokens: Int[Array, "B T"],
         *,
-        positions: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | Int[Array, "B T 3"],
         segment_ids: Int[Array, "B T"],
         branch_ids: Int[Array, "B T"] | None = None,
+        visual: Visual | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states after the final norm.
 
@@ -125,54 +151,103 @@ class Model:
             params: from `init`, a checkpoint, or a conversion.
             tokens: token ids.
             positions: position of each token in its own document, from 0; in a branch counted along
-                the trunk and the branch.
+                the trunk and the branch. Three of each where images are among the tokens and the
+                model has `mrope_section`: time, row and column.
             segment_ids: document of each token, 0 for padding; tokens see their own document only.
             branch_ids: branch of each token, 0 for the trunk that every branch of the document
                 continues; branches of a row are numbered from 1. All 0 by default.
+            visual: images and videos among the tokens: `visual_index` [B T], the merged feature of
+                its row that a token takes, -1 for text; and what `visual_features` takes or gives.
         """
-        x = Ends(self.config).apply({"params": _ends(params)}, tokens, method="embed")
-        x = self._scan_blocks(params["layers"], x, positions, segment_ids, branch_ids)
-        return Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
+        return self.forward_with_stats(
+            params,
+            tokens,
+            positions=positions,
+            segment_ids=segment_ids,
+            branch_ids=branch_ids,
+            visual=visual,
+        )[0]
+
+    def forward_with_stats(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | Int[Array, "B T 3"],
+        segment_ids: Int[Array, "B T"],
+        branch_ids: Int[Array, "B T"] | None = None,
+        visual: Visual | None = None,
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """`forward`, and what the routers of all layers counted; None without experts."""
+        x, deep = self._embed(params, tokens, visual)
+        layer_of = self._layers(positions, segment_ids, branch_ids, deep)
+
+        def body(x, layer):
+            x, _, stats = layer_of(x, layer)
+            return x, stats
+
+        layers = self._scanned(params["layers"])
+        x, stats = jax.lax.scan(_remat(body, self.config.remat), x, layers)
+        return Ends(self.config).apply({"params": _ends(params)}, x, method="norm"), stats
+
+    def visual_features(self, params: Params, visual: Visual) -> dict[str, Array]:
+        """`features` [B M D] of images and videos, and with deepstack `deep_features` [B K M D].
+
+        Args:
+            params: of the whole model.
+            visual: the arrays that `models.vision.vision_features` reads, [B P ...].
+        """
+        found = vision_features(self.config, params["vision"], visual)
+        features = {"features": found.merged}
+        if found.deep is not None:
+            features["deep_features"] = jnp.moveaxis(found.deep, 0, 1)
+        return features
 
     def prefill(
         self,
         params: Params,
         tokens: Int[Array, "B S"],
         *,
-        positions: Int[Array, "B S"],
+        positions: Int[Array, "B S"] | Int[Array, "B S 3"],
         segment_ids: Int[Array, "B S"],
+        visual: Visual | None = None,
     ) -> tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
         """Keys and values of all layers for rows of packed tokens; arguments as in `forward`."""
-        x = Ends(self.config).apply({"params": _ends(params)}, tokens, method="embed")
-        mix = _mix_rows(self.config, segment_ids, None)
-        block = Block(self.config)
-        body = lambda x, layer: block.apply({"params": layer}, x, positions, mix)
-        return jax.lax.scan(body, x, params["layers"])[1]
+        x, deep = self._embed(params, tokens, visual)
+        layer_of = self._layers(positions, segment_ids, None, deep)
+        body = lambda x, layer: layer_of(x, layer)[:2]
+        return jax.lax.scan(body, x, self._scanned(params["layers"]))[1]
 
     def decode(
         self,
         params: Params,
         tokens: Int[Array, " R"],
         *,
-        positions: Int[Array, " R"],
         pages: Pages,
         table: PageTable,
-        before: Int[Array, " R"],
-        boundary: Int[Array, " R"],
+        place: Place,
     ) -> tuple[Float[Array, "R D"], Pages]:
         """Hidden states of one more token of every row, and the pages with it.
 
         Layers are unrolled, so that the pages of each are arrays of their own and are updated in
-        place; `table`, `before` and `boundary` are those of `attend_pages`.
+        place; `table` and `place` are those of `attend_pages`.
         """
         x = Ends(self.config).apply({"params": _ends(params)}, tokens[:, None], method="embed")
-        block = Block(self.config)
+        block, sliding = Block(self.config), self.config.sliding_layers
+        turns = {
+            s: rotation(self.config, place.positions[:, None], sliding=s) for s in set(sliding)
+        }
         own = []
         for i, layer in enumerate(self.unstack(params)["layers"]):
             mix = functools.partial(
-                attend_pages, layer=i, pages=pages, table=table, before=before, boundary=boundary
+                attend_pages,
+                layer=i,
+                pages=pages,
+                table=table,
+                place=place,
+                window=self.config.sliding_window if sliding[i] else None,
             )
-            x, kept = block.apply({"params": layer}, x, positions[:, None], mix)
+            x, kept, _ = block.apply({"params": layer}, x, turns[sliding[i]], mix)
             own.append(kept)
         keys, values = zip(*own, strict=True)
         x = Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
@@ -203,23 +278,50 @@ class Model:
         """The output head as a matrix; the transposed embedding when tied."""
         return (params["embedding"] if self.config.tie_word_embeddings else params["head"]).T
 
-    def _scan_blocks(self, layers, x, positions, segment_ids, branch_ids):
-        mix = _mix_rows(self.config, segment_ids, branch_ids)
-        block = Block(self.config)
+    def _embed(
+        self, params: Params, tokens: Int[Array, "B T"], visual: Visual | None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "K B T D"] | None]:
+        """What the blocks begin with, and what is added after each of the first K."""
+        x = Ends(self.config).apply({"params": _ends(params)}, tokens, method="embed")
+        if visual is None:
+            return x, None
+        index = visual["visual_index"]
+        found = visual if "features" in visual else self.visual_features(params, visual)
+        x, deep = splice_features(x, found["features"], index), found.get("deep_features")
+        return x, None if deep is None else place_deep(jnp.moveaxis(deep, 1, 0), index)
 
-        def body(x, layer):
-            return block.apply({"params": layer}, x, positions, mix)[0], None
+    def _scanned(self, layers: Params) -> tuple[Params, Int[Array, " L"], Bool[Array, " L"]]:
+        """What a loop over layers reads: parameters, number, and whether the layer slides."""
+        numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+        return layers, numbers, jnp.asarray(self.config.sliding_layers)
 
-        return jax.lax.scan(_remat(body, self.config.remat), x, layers)[0]
+    def _layers(self, positions, segment_ids, branch_ids, deep) -> Callable:
+        """One block on rows, as a function of x and of an entry of `_scanned`."""
+        kinds = set(self.config.sliding_layers)
+        mix_of = row_attention(self.config, segment_ids, branch_ids, positions)
+        turns = {kind: rotation(self.config, positions, sliding=kind) for kind in kinds}
+        block, mask = Block(self.config), segment_ids > 0
 
+        def layer_of(x, layer):
+            layer, number, sliding = layer
+            if len(kinds) == 1:
+                (kind,) = kinds
+                turn, rows = turns[kind], mix_of(kind)
+            else:
+                choose = lambda some, all: jnp.where(sliding, some, all)
+                turn, rows = jax.tree.map(choose, turns[True], turns[False]), mix_of(sliding)
+            mix = lambda q, k, v: (rows(q, k, v), (k, v))
+            x, kept, stats = block.apply({"params": layer}, x, turn, mix, mask)
+            if deep is not None:
+                add = lambda x: x + jax.lax.dynamic_index_in_dim(deep, number, keepdims=False)
+                x = jax.lax.cond(number < deep.shape[0], add, lambda x: x, x)
+            return x, kept, stats
 
-def _mix_rows(config: ModelConfig, segment_ids, branch_ids) -> Mix:
-    mix = row_attention(config, segment_ids, branch_ids)
-    return lambda q, k, v: (mix(q, k, v), (k, v))
+        return layer_of
 
 
 def _ends(params: Params) -> Params:
-    return {name: value for name, value in params.items() if name != "layers"}
+    return {name: value for name, value in params.items() if name not in ("layers", "vision")}
 
 
 def _is_names(x) -> bool:

@@ -1,16 +1,17 @@
-"""The parts of a block that see one position at a time: projection, RMSNorm, rotation, gated MLP.
+"""The parts of a block that see one token at a time: projection, RMSNorm, gated MLP.
 
 Einsum alphabet, here and in `attention.py`: B batch, T query position, S key position, D width,
 F MLP width, N query heads, K key/value heads, G = N / K, H head size.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxrl_reason.models.config import ModelConfig
 
@@ -21,7 +22,11 @@ _SCALED = nn.initializers.variance_scaling
 
 
 class Projection(nn.Module):
-    """A linear map written as an einsum, without bias; `axes` are its logical axis names."""
+    """A linear map written as an einsum; `axes` are its logical axis names.
+
+    An adapter, x A B scaled, is added where its parameters `lora_a` and `lora_b` are among those
+    given (LoRA, arXiv 2106.09685). A tree without them is the model with the adapter off.
+    """
 
     config: ModelConfig
     einsum: str
@@ -29,25 +34,63 @@ class Projection(nn.Module):
     axes: tuple[str, ...]
     num_inputs: int = 1
     """How many leading dimensions of the kernel are contracted; they fix the initial scale."""
+    use_bias: bool = False
+    """Add a vector."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        init = _SCALED(
-            1.0,
-            "fan_in",
-            "truncated_normal",
-            in_axis=tuple(range(self.num_inputs)),
-            out_axis=tuple(range(self.num_inputs, len(self.shape))),
-        )
-        kernel = self.param(
-            "kernel",
-            nn.with_partitioning(init, self.axes),
-            self.shape,
-            jnp.dtype(self.config.param_dtype),
-        )
         dtype = jnp.dtype(self.config.dtype)
-        out = project(self.einsum, x.astype(dtype), kernel.astype(dtype))
+        inputs, outputs = self.shape[: self.num_inputs], self.shape[self.num_inputs :]
+        into, out_of = self.axes[: self.num_inputs], self.axes[self.num_inputs :]
+        kernel = self._param("kernel", _fan_in(len(inputs), len(outputs)), self.axes, self.shape)
+        x = x.astype(dtype)
+        out = project(self.einsum, x, kernel.astype(dtype))
+        if self.use_bias:
+            bias = self._param("bias", nn.initializers.zeros, out_of, outputs)
+            out = out + _lift(bias.astype(dtype), out.ndim)
+        lora = self.config.lora
+        wanted = lora is not None and lora.targets(self.name)
+        if lora is not None and (wanted if self.is_initializing() else self._has_adapter()):
+            into_rank, out_of_rank = self._adapter_einsums()
+            init = _fan_in(len(inputs), 1)
+            a = self._param("lora_a", init, (*into, "rank"), (*inputs, lora.r))
+            zeros = nn.initializers.zeros
+            b = self._param("lora_b", zeros, ("rank", *out_of), (lora.r, *outputs))
+            inner = project(into_rank, x, a.astype(dtype))
+            scale = jnp.asarray(lora.lora_alpha / lora.r, dtype)
+            out = out + project(out_of_rank, inner, b.astype(dtype)) * scale
         return checkpoint_name(out, PRODUCT)
+
+    def _param(self, name: str, init, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+        init = nn.with_partitioning(init, axes)
+        return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+
+    def _has_adapter(self) -> bool:
+        return self.has_variable("params", "lora_a")
+
+    def _adapter_einsums(self) -> tuple[str, str]:
+        """By way of r numbers: "btd,dnh->btnh" becomes "btd,dr->btr", then "btr,rnh->btnh"."""
+        names, result = self.einsum.split("->")
+        of_x, of_kernel = names.split(",")
+        inputs, outputs = of_kernel[: self.num_inputs], of_kernel[self.num_inputs :]
+        inner = of_x.removesuffix(inputs) + "r"
+        return f"{of_x},{inputs}r->{inner}", f"{inner},r{outputs}->{result}"
+
+
+def _fan_in(num_inputs: int, num_outputs: int):
+    dimensions = tuple(range(num_inputs + num_outputs))
+    return _SCALED(
+        1.0,
+        "fan_in",
+        "truncated_normal",
+        in_axis=dimensions[:num_inputs],
+        out_axis=dimensions[num_inputs:],
+    )
+
+
+def _lift(x: Array, ndim: int) -> Array:
+    """With leading axes of size 1."""
+    return jnp.expand_dims(x, tuple(range(ndim - x.ndim)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,28 +125,33 @@ project.defvjp(_project, _project_gradients)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, computed in float32. arXiv 1910.07467."""
+    """x / rms(x) * scale over the last axis, computed in float32. arXiv 1910.07467.
+
+    With `rms_norm_offset` the factor is 1 + scale, and the scale starts at 0.
+    """
 
     config: ModelConfig
     axis: str = "embed_vector"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        offset = self.config.rms_norm_offset
+        init = nn.initializers.zeros if offset else nn.initializers.ones
         scale = self.param(
             "scale",
-            nn.with_partitioning(nn.initializers.ones, (self.axis,)),
+            nn.with_partitioning(init, (self.axis,)),
             (x.shape[-1],),
             jnp.dtype(self.config.param_dtype),
         )
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * jax.lax.rsqrt(mean_square + self.config.rms_norm_eps)
-        scale = jnp.expand_dims(scale.astype(jnp.float32), tuple(range(x.ndim - 1)))
-        return (normed * scale).astype(x.dtype)
+        scale = _lift(scale.astype(jnp.float32), x.ndim)
+        return (normed * (scale + 1 if offset else scale)).astype(x.dtype)
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)). arXiv 2002.05202."""
+    """down(act(gate(x)) * up(x)). arXiv 2002.05202."""
 
     config: ModelConfig
 
@@ -113,19 +161,11 @@ class GatedMLP(nn.Module):
         into, out = (c.hidden_size, c.intermediate_size), (c.intermediate_size, c.hidden_size)
         gate = Projection(c, "btd,df->btf", into, ("embed", "mlp"), name="gate")(x)
         up = Projection(c, "btd,df->btf", into, ("embed", "mlp"), name="up")(x)
-        return Projection(c, "btf,fd->btd", out, ("mlp", "embed"), name="down")(nn.silu(gate) * up)
+        return Projection(c, "btf,fd->btd", out, ("mlp", "embed"), name="down")(
+            activation(c)(gate) * up
+        )
 
 
-def rotate(
-    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], *, theta: float
-) -> Float[Array, "B T heads H"]:
-    """Rotary position embedding on halves (the Hugging Face layout), float32. arXiv 2104.09864."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[:, :, None, None] * frequencies[None, None, None, :]
-    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
-    # Not split and concatenated: XLA's CPU backend writes a concatenation number by number.
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, half)
-    signed = jnp.concatenate([-sin, sin], axis=-2)
-    turned = (halves * cos + jnp.flip(halves, axis=-2) * signed).reshape(x.shape)
-    return turned.astype(x.dtype)
+def activation(config: ModelConfig) -> Callable[[Array], Array]:
+    """`hidden_act` as a function."""
+    return {"silu": nn.silu, "gelu_tanh": nn.gelu}[config.hidden_act]

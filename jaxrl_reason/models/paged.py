@@ -41,6 +41,8 @@ class PageTable(NamedTuple):
     """Rows that read a context page."""
     context_tokens: Int[Array, " A"]
     """Tokens in a context page."""
+    context_numbers: Int[Array, " A"]
+    """Place of a context page in its context: page i has its tokens from i W on."""
     owners: Int[Array, " N"]
     """Row of an own page."""
     numbers: Int[Array, " N"]
@@ -50,6 +52,17 @@ class PageTable(NamedTuple):
     page n."""
     writing: Int[Array, "R 2"]
     """Own page of the next token, and the own page after it."""
+
+
+class Place(NamedTuple):
+    """Where the next token of every row goes."""
+
+    positions: Int[Array, " R"]
+    """Its position in its sequence."""
+    before: Int[Array, " R"]
+    """The row's own tokens written so far."""
+    boundary: Int[Array, " R"]
+    """Number of own tokens before the page `PageTable.writing[:, 0]`."""
 
 
 def empty_pages(config: ModelConfig, context: int, own: int, size: int) -> Pages:
@@ -91,8 +104,8 @@ def attend_pages(
     layer: int,
     pages: Pages,
     table: PageTable,
-    before: Int[Array, " R"],
-    boundary: Int[Array, " R"],
+    place: Place,
+    window: int | None = None,
 ) -> tuple[Float[Array, "R 1 N H"], tuple[Array, Array]]:
     """One token of every row: its keys and values are written, then it looks at its pages.
 
@@ -103,8 +116,8 @@ def attend_pages(
         layer: which layer's pages.
         pages: of all layers.
         table: who reads what.
-        before: the row's own tokens written so far.
-        boundary: number of own tokens before the page `table.writing[:, 0]`.
+        place: where the token goes.
+        window: how many positions a token of a sliding layer sees.
 
     Returns:
         The mixed values, and the layer's own keys and values with the token added.
@@ -112,26 +125,34 @@ def attend_pages(
     rows, _, heads, width = queries.shape
     kv_heads = keys.shape[2]
     size = pages.own_keys[layer].shape[-1]
-    place = jnp.take_along_axis(table.writing, (before - boundary)[:, None] // size, axis=1)[:, 0]
-    slot = before % size
+    ahead = (place.before - place.boundary)[:, None] // size
+    page = jnp.take_along_axis(table.writing, ahead, axis=1)[:, 0]
+    slot = place.before % size
     store = lambda old, at, new: old.at[at].set(new[:, 0].astype(old.dtype), mode="drop")
-    own_keys = store(pages.own_keys[layer], (place, slice(None), slice(None), slot), keys)
-    own_values = store(pages.own_values[layer], (place, slice(None), slot), values)
+    own_keys = store(pages.own_keys[layer], (page, slice(None), slice(None), slot), keys)
+    own_values = store(pages.own_values[layer], (page, slice(None), slot), values)
 
     grouped = queries.reshape(rows, kv_heads, heads // kv_heads, width)
     slots = jnp.arange(size, dtype=jnp.int32)[None]
-    written = jnp.take(before, table.owners, mode="clip") + 1 - table.numbers * size
+    written = jnp.take(place.before, table.owners, mode="clip") + 1 - table.numbers * size
+    of_own = (slots < written[:, None])[:, None]
+    of_context = (slots < table.context_tokens[:, None])[:, None]
+    if window is not None:
+        of_own &= ((written - 1)[:, None] - slots < window)[:, None]
+        at = jnp.take(place.positions, table.readers, mode="clip")[..., None]
+        first = (table.context_numbers * size)[:, None, None]
+        of_context = of_context & (at - (first + slots[None]) < window)
     own = _answer(
         jnp.take(grouped, table.owners[:, None], axis=0, mode="clip"),
         own_keys,
         own_values,
-        slots < written[:, None],
+        of_own,
     )
     context = _answer(
         jnp.take(grouped, table.readers, axis=0, mode="clip"),
         pages.context_keys[layer],
         pages.context_values[layer],
-        slots < table.context_tokens[:, None],
+        of_context,
     )
     parts = jax.tree.map(lambda c, o: jnp.concatenate([c, o]), context, own)
     mixed = _merge(parts, table.of_row).astype(queries.dtype)
@@ -150,12 +171,14 @@ def _answer(
     queries: Float[Array, "A Q K G H"],
     keys: Float[Array, "A K H W"],
     values: Float[Array, "A K W H"],
-    visible: Bool[Array, "A W"],
+    visible: Bool[Array, "A Q W"] | Bool[Array, "A 1 W"],
 ) -> _Part:
     pages, readers, kv_heads, groups, width = queries.shape
     by_head = queries.swapaxes(1, 2).reshape(pages, kv_heads, readers * groups, width)
     scores = jnp.einsum("akqh,akhw->akqw", by_head, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible[:, None, None], scores * jnp.float32(width**-0.5), _NEVER)
+    if visible.shape[1] > 1:
+        visible = jnp.repeat(visible, groups, axis=1)
+    scores = jnp.where(visible[:, None], scores * jnp.float32(width**-0.5), _NEVER)
     top = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - top[..., None])
     total = jnp.sum(weights, axis=-1)

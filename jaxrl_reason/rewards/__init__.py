@@ -1,5 +1,11 @@
 """Reward functions with TRL's signature, and scoring a batch with several of them."""
 
+from jaxrl_reason.rewards.answers import (
+    extract_answer,
+    gold_answer,
+    math_accuracy,
+    verify_math,
+)
 from jaxrl_reason.rewards.overlong import make_overlong_reward
 from jaxrl_reason.rewards.scoring import (
     RewardFunction,
@@ -14,10 +20,14 @@ __all__ = [
     "RewardFunction",
     "Scores",
     "accuracy",
+    "extract_answer",
     "format_followed",
+    "gold_answer",
     "load_function",
     "make_length_reward",
     "make_overlong_reward",
+    "math_accuracy",
     "score",
     "score_async",
+    "verify_math",
 ]

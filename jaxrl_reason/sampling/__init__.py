@@ -2,7 +2,7 @@
 
 from jaxrl_reason.sampling.engine import Engine
 from jaxrl_reason.sampling.filters import SamplingConfig
-from jaxrl_reason.sampling.requests import Completion, Request
+from jaxrl_reason.sampling.requests import Completion, Request, Shown
 from jaxrl_reason.sampling.rollout import Rollout, sample
 from jaxrl_reason.sampling.session import Session
 from jaxrl_reason.sampling.shapes import PROGRAM_PREFIX
@@ -15,5 +15,6 @@ __all__ = [
     "Rollout",
     "SamplingConfig",
     "Session",
+    "Shown",
     "sample",
 ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxrl_reason.models import PageTable
 from jaxrl_reason.sampling.decode import LogitBias, Rows
-from jaxrl_reason.sampling.requests import Completion
+from jaxrl_reason.sampling.requests import Completion, Shown
 from jaxrl_reason.sampling.shapes import Level
 
 
@@ -17,9 +17,22 @@ class Context:
     """A prompt (with what is known of the completion, but for the last token) in its pages."""
 
     tokens: tuple[int, ...]
+    shown: Shown | None
     pages: list[int]
     readers: list["Row | None"]
     """By place; as many places as the level allows."""
+
+    @property
+    def next_position(self) -> int:
+        """Of the token behind it."""
+        if self.shown is None:
+            return len(self.tokens)
+        return self.shown.next_position + len(self.tokens) - len(self.shown.visual_index)
+
+    @property
+    def num_features(self) -> int:
+        """Features of images and videos."""
+        return 0 if self.shown is None else len(self.shown.features)
 
 
 @dataclasses.dataclass(eq=False)
@@ -60,7 +73,7 @@ class Batch:
         """Contexts that are not yet prefilled."""
         self._page_size = page_size
         self._pages_per_row = pages_per_row
-        self._contexts: dict[tuple[int, ...], list[Context]] = {}
+        self._contexts: dict[tuple[tuple[int, ...], Shown | None], list[Context]] = {}
         self._free_context = list(range(level.context_pages))
         self._free_own = list(range(own_pages))
 
@@ -82,7 +95,7 @@ class Batch:
         if None not in self.rows:
             return False
         known = (*progress.request.prompt, *progress.tokens.tolist())
-        context = self._context(known[:-1])
+        context = self._context(known[:-1], progress.request.shown)
         if context is None:
             return False
         row = Row(progress, limit, known[-1], context, [])
@@ -90,9 +103,9 @@ class Batch:
         self.rows[self.rows.index(None)] = row
         return True
 
-    def _context(self, tokens: tuple[int, ...]) -> Context | None:
+    def _context(self, tokens: tuple[int, ...], shown: Shown | None) -> Context | None:
         """A context of these tokens with a free place, made if need be."""
-        contexts = self._contexts.setdefault(tokens, [])
+        contexts = self._contexts.setdefault((tokens, shown), [])
         for context in contexts:
             if None in context.readers:
                 return context
@@ -100,7 +113,7 @@ class Batch:
         if count > len(self._free_context):
             return None
         pages = [heapq.heappop(self._free_context) for _ in range(count)]
-        context = Context(tokens, pages, [None] * self.level.readers)
+        context = Context(tokens, shown, pages, [None] * self.level.readers)
         contexts.append(context)
         self.fresh.append(context)
         return context
@@ -115,7 +128,7 @@ class Batch:
         if not any(context.readers):
             for page in context.pages:
                 heapq.heappush(self._free_context, page)
-            self._contexts[context.tokens].remove(context)
+            self._contexts[context.tokens, context.shown].remove(context)
             if context in self.fresh:
                 self.fresh.remove(context)
 
@@ -139,7 +152,7 @@ class Batch:
         own_at = np.full(own_pages, self.own_pages, np.int32)
         source: dict[Context, Context] = {}
         for row in self.live:
-            context = new._context(row.context.tokens)
+            context = new._context(row.context.tokens, row.context.shown)
             if context is None:
                 return None
             source.setdefault(context, row.context)
@@ -165,6 +178,7 @@ class Batch:
         table = PageTable(
             readers=np.full((level.context_pages, level.readers), level.rows, np.int32),
             context_tokens=np.zeros(level.context_pages, np.int32),
+            context_numbers=np.zeros(level.context_pages, np.int32),
             owners=np.full(self.own_pages, level.rows, np.int32),
             numbers=np.zeros(self.own_pages, np.int32),
             of_row=np.full((level.rows, self._pages_per_row), first_own + self.own_pages, np.int32),
@@ -175,7 +189,7 @@ class Batch:
                 continue
             request, current = row.progress.request, row.before // size
             rows.tokens[r], rows.before[r] = row.last, row.before
-            rows.positions[r] = len(row.context.tokens) + row.before
+            rows.positions[r] = row.context.next_position + row.before
             rows.boundary[r] = current * size
             rows.ids[r], rows.indices[r] = request.id, request.index
             rows.drawn[r], rows.remaining[r] = len(row.progress.tokens), row.remaining
@@ -191,7 +205,9 @@ class Batch:
             table.writing[r, : len(writing)] = writing
         for contexts in self._contexts.values():
             for context in contexts:
-                filled = len(context.tokens) - np.arange(len(context.pages)) * size
+                numbers = np.arange(len(context.pages))
+                filled = len(context.tokens) - numbers * size
+                table.context_numbers[context.pages] = numbers
                 table.context_tokens[context.pages] = np.minimum(filled, size)
         return rows, table
 
@@ -213,48 +229,93 @@ class Prefill(NamedTuple):
     """Contexts packed into rows, each beginning on a page boundary."""
 
     tokens: np.ndarray  # [B, S]
-    positions: np.ndarray  # [B, S]
+    positions: np.ndarray  # [B, S], or [B, S, 3] where prompts may show something
     segment_ids: np.ndarray  # [B, S]
     places: np.ndarray  # [B S / W]: context page of each piece; one past the end for none
+    visual: dict[str, np.ndarray] | None = None  # what `Model.prefill` takes
 
 
-def pack_contexts(
-    contexts: list[Context], length: int, page_size: int, none: int
-) -> tuple[list[Context], list[Prefill]]:
-    """Rows of at most `length` tokens, one `Prefill` of one row each, and contexts too long for it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """Sizes of the rows that contexts are prefilled in."""
 
-    Args:
-        contexts: what to prefill.
-        length: tokens of a row, whole pages.
-        page_size: tokens of a page.
-        none: index that stands for no page.
-    """
-    up = lambda n: -(-n // page_size) * page_size
-    longer = [context for context in contexts if up(len(context.tokens)) > length]
-    rest = [context for context in contexts if 0 < up(len(context.tokens)) <= length]
+    length: int
+    """Tokens of a row, whole pages."""
+    page_size: int
+    """Tokens of a page."""
+    none: int
+    """Index that stands for no page."""
+    features: tuple[int, int, int] | None = None
+    """Features of images and videos, their width, and levels of deepstack; None: text alone."""
+
+    def empty(self, rows: int) -> Prefill:
+        """Rows without contexts."""
+        shape = (rows, self.length)
+        tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+        places = np.full(rows * self.length // self.page_size, self.none, np.int32)
+        if self.features is None:
+            return Prefill(tokens, positions, segment_ids, places)
+        count, width, levels = self.features
+        visual = {
+            "visual_index": np.full(shape, -1, np.int32),
+            "features": np.zeros((rows, count, width), np.float32),
+        }
+        if levels:
+            visual["deep_features"] = np.zeros((rows, levels, count, width), np.float32)
+        return Prefill(tokens, np.zeros((*shape, 3), np.int32), segment_ids, places, visual)
+
+
+def pack_contexts(contexts: list[Context], shape: RowShape) -> tuple[list[Context], list[Prefill]]:
+    """Rows, one `Prefill` of one row each, and contexts too long for them."""
+    up = lambda n: -(-n // shape.page_size) * shape.page_size
+    longer = [context for context in contexts if up(len(context.tokens)) > shape.length]
+    rest = [context for context in contexts if 0 < up(len(context.tokens)) <= shape.length]
     rows: list[list[Context]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []
+    most = shape.features[0] if shape.features else 0
     for context in sorted(rest, key=lambda context: -len(context.tokens)):
-        need = up(len(context.tokens))
-        row = next((r for r, left in enumerate(room) if left >= need), len(rows))
+        need, features = up(len(context.tokens)), context.num_features
+        fits = (r for r, (left, free) in enumerate(room) if left >= need and free >= features)
+        row = next(fits, len(rows))
         if row == len(rows):
             rows.append([])
-            room.append(length)
+            room.append((shape.length, most))
         rows[row].append(context)
-        room[row] -= need
-    return longer, [_fill(row, length, page_size, none) for row in rows]
+        left, free = room[row]
+        room[row] = (left - need, free - features)
+    return longer, [_fill(row, shape) for row in rows]
 
 
-def _fill(row: list[Context], length: int, page_size: int, none: int) -> Prefill:
-    zeros = lambda: np.zeros((1, length), np.int32)
-    tokens, positions, segment_ids = zeros(), zeros(), zeros()
-    places = np.full(length // page_size, none, np.int32)
-    at = 0
+def _fill(row: list[Context], shape: RowShape) -> Prefill:
+    made = shape.empty(1)
+    at = first = 0
     for number, context in enumerate(row, start=1):
-        count, first = len(context.tokens), at // page_size
-        tokens[0, at : at + count] = context.tokens
-        positions[0, at : at + count] = np.arange(count)
-        segment_ids[0, at : at + count] = number
-        places[first : first + len(context.pages)] = context.pages
-        at += len(context.pages) * page_size
-    return Prefill(tokens, positions, segment_ids, places)
+        count, page = len(context.tokens), at // shape.page_size
+        here = (0, slice(at, at + count))
+        made.tokens[here], made.segment_ids[here] = context.tokens, number
+        made.positions[here] = _positions(context, made.positions.ndim)
+        made.places[page : page + len(context.pages)] = context.pages
+        if context.shown is not None:
+            first = _show(made.visual, context.shown, at, first)
+        at += len(context.pages) * shape.page_size
+    return made
+
+
+def _positions(context: Context, ndim: int) -> np.ndarray:
+    count, shown = len(context.tokens), context.shown
+    if shown is None:
+        return np.arange(count) if ndim == 2 else np.arange(count)[:, None]
+    behind = shown.next_position + np.arange(count - len(shown.positions))
+    return np.concatenate([shown.positions[:count], np.repeat(behind[:, None], 3, axis=1)])
+
+
+def _show(visual: dict[str, np.ndarray], shown: Shown, at: int, first: int) -> int:
+    """Put in what a context shows, from feature `first` on; returns the next feature."""
+    index, end = shown.visual_index, first + len(shown.features)
+    # The last token of a prompt is not in its context.
+    here = visual["visual_index"][0, at : at + len(index)]
+    here[:] = np.where(index >= 0, index + first, -1)[: len(here)]
+    visual["features"][0, first:end] = shown.features
+    if shown.deep_features is not None:
+        visual["deep_features"][0, :, first:end] = shown.deep_features
+    return end

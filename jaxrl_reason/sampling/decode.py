@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_reason.models import Model, Pages, PageTable, Params, write_contexts
+from jaxrl_reason.models import Model, Pages, PageTable, Params, Place, write_contexts
 from jaxrl_reason.sampling.filters import SamplingConfig, draw
 
 
@@ -110,11 +110,9 @@ def decode(
         hidden, pages = model.decode(
             params,
             last,
-            positions=rows.positions + t,
             pages=pages,
             table=table,
-            before=rows.before + t,
-            boundary=rows.boundary,
+            place=Place(rows.positions + t, rows.before + t, rows.boundary),
         )
         logits = model.unembed(params, hidden)
         if bias is not None:
@@ -142,12 +140,15 @@ def prefill(
     params: Params,
     pages: Pages,
     tokens: Int[Array, "B S"],
-    positions: Int[Array, "B S"],
+    positions: Int[Array, "B S"] | Int[Array, "B S 3"],
     segment_ids: Int[Array, "B S"],
     places: Int[Array, " P"],
+    visual: dict[str, Array] | None,
 ) -> Pages:
     """Write contexts, packed into rows and each beginning on a page boundary, into their pages."""
-    keys, values = model.prefill(params, tokens, positions=positions, segment_ids=segment_ids)
+    keys, values = model.prefill(
+        params, tokens, positions=positions, segment_ids=segment_ids, visual=visual
+    )
     return write_contexts(pages, keys, values, places)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, Pages, Params, empty_pages
-from jaxrl_reason.sampling.batch import Batch, Prefill
+from jaxrl_reason.sampling.batch import Batch, Prefill, RowShape
 from jaxrl_reason.sampling.decode import DecodeOptions, Dispatch, Drawn, decode, prefill
 from jaxrl_reason.sampling.filters import SamplingConfig
 from jaxrl_reason.sampling.shapes import Level, Programs, make_levels, named
@@ -42,6 +42,8 @@ class Device:
     """Decode steps between two looks of the host."""
     page_size: int = 64
     """Tokens of a page of keys and values."""
+    visual_tokens: int = 0
+    """Most tokens of a prompt that stand for images and videos; 0: prompts are text alone."""
     detokenize: Callable[[Sequence[int]], str] | None = None
     """Tokens to text; needed for stop strings only."""
 
@@ -197,7 +199,7 @@ class Device:
         def lower():
             function = jax.jit(
                 named("prefill", functools.partial(prefill, self.model)),
-                in_shardings=(None, sharding, by_row, by_row, by_row, self._replicated),
+                in_shardings=(None, sharding, by_row, by_row, by_row, self._replicated, by_row),
                 out_shardings=sharding,
                 donate_argnums=1,
             )
@@ -223,6 +225,14 @@ class Device:
         sharding = self._page_sharding.own_keys
         lower = lambda: jax.jit(take, out_shardings=sharding).lower(array, at)
         return self.programs.get(("move", *array.shape, len(at)), lower)
+
+    def row_shape(self, length: int, none: int) -> RowShape:
+        """The rows that contexts are prefilled in; `none` stands for no page."""
+        config, features = self.model.config, None
+        if self.visual_tokens:
+            levels = len(config.vision.deepstack_visual_indexes)
+            features = (self.visual_tokens, config.hidden_size, levels)
+        return RowShape(length=length, page_size=self.page_size, none=none, features=features)
 
     @property
     def prefill_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

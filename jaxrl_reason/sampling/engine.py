@@ -19,7 +19,6 @@ import numpy as np
 from jaxtyping import Key
 
 from jaxrl_reason.models import Params
-from jaxrl_reason.sampling.batch import Prefill
 from jaxrl_reason.sampling.decode import Dispatch
 from jaxrl_reason.sampling.device import Device
 from jaxrl_reason.sampling.requests import Request
@@ -71,8 +70,7 @@ class Engine(Device):
             context = self.pages_like(level, 0)._replace(own_keys=(), own_values=())
             for count in self.prefill_sizes[0]:
                 for length in self.prefill_sizes[1]:
-                    zeros = np.zeros((count, length), np.int32)
-                    places = np.zeros(count * length // self.page_size, np.int32)
-                    self.prefill_program(params, context, Prefill(zeros, zeros, zeros, places))
+                    group = self.row_shape(length, level.context_pages).empty(count)
+                    self.prefill_program(params, context, group)
         self.programs.warm = True
         return self.programs.compiled - before

@@ -10,6 +10,24 @@ from jaxtyping import Bool, Float, Int
 FinishReason = Literal["stop", "length", "aborted"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Shown:
+    """Images and videos among the tokens of a prompt, already encoded.
+
+    The completions of a prompt share one object: it is part of what identifies the prompt.
+    """
+
+    positions: Int[np.ndarray, "T 3"]
+    """Time, row and column of every token of the prompt."""
+    next_position: int
+    """Of the first token behind the prompt, on all axes."""
+    visual_index: Int[np.ndarray, " T"]
+    """The feature that a token takes; -1 for text."""
+    features: Float[np.ndarray, "M D"]
+    """What `Model.visual_features` gives."""
+    deep_features: Float[np.ndarray, "K M D"] | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
     """One completion of one prompt. Its draws depend on (key, id, index, token number) only."""
@@ -18,6 +36,8 @@ class Request:
     """Token ids; not empty."""
     id: int
     """Number of the prompt, below 2**32."""
+    shown: Shown | None = None
+    """What the prompt shows, in an engine with `visual_tokens`."""
     index: int = 0
     """Number of the completion among those of the prompt."""
     forced: Sequence[int] = ()

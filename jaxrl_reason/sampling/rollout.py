@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Key
 
 from jaxrl_reason.models import Params
 from jaxrl_reason.sampling.engine import Engine
-from jaxrl_reason.sampling.requests import Completion, Request
+from jaxrl_reason.sampling.requests import Completion, Request, Shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +83,7 @@ def sample(
     *,
     num_generations: int = 1,
     pad_id: int,
+    shown: Sequence[Shown] | None = None,
 ) -> Rollout:
     """Complete every prompt `num_generations` times.
 
@@ -93,13 +94,14 @@ def sample(
         key: the draws of completion g of prompt i depend on (key, i, g) only.
         num_generations: completions per prompt.
         pad_id: fills the arrays beyond the completions.
+        shown: what each prompt shows, for an engine with `visual_tokens`.
 
     Raises:
         InputError: an empty prompt, or one longer than the engine's `max_prompt_length`.
     """
     session = engine.session(params, key)
     session.submit(
-        Request(prompt=prompt, id=i, index=g)
+        Request(prompt=prompt, id=i, index=g, shown=None if shown is None else shown[i])
         for i, prompt in enumerate(prompts)
         for g in range(num_generations)
     )

@@ -10,7 +10,7 @@ from jaxtyping import Key
 
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Params
-from jaxrl_reason.sampling.batch import Batch, Prefill, Row, pack_contexts
+from jaxrl_reason.sampling.batch import Batch, Row, pack_contexts
 from jaxrl_reason.sampling.decode import Dispatch
 from jaxrl_reason.sampling.device import BIASED_TOKENS, Device
 from jaxrl_reason.sampling.requests import Completion, Request
@@ -97,11 +97,27 @@ class Session:
                 f"prompt {request.id} has {len(request.prompt)} tokens; allowed are 1 to "
                 f"max_prompt_length={longest}; shorten it or raise max_prompt_length"
             )
+        self._check_shown(request)
         if request.stop and self._engine.detokenize is None:
             raise ValueError("stop strings need an engine with detokenize")
         if len(request.logit_bias) > BIASED_TOKENS:
             raise ValueError(
                 f"logit_bias has {len(request.logit_bias)} tokens; at most {BIASED_TOKENS}"
+            )
+
+    def _check_shown(self, request: Request) -> None:
+        shown, most = request.shown, self._engine.visual_tokens
+        if shown is None:
+            return
+        if len(shown.features) > most:
+            raise InputError(
+                f"prompt {request.id} shows {len(shown.features)} tokens of images and videos; "
+                f"max_visual_tokens={most} is the most; show fewer or smaller ones, or raise it"
+            )
+        if len(shown.visual_index) != len(request.prompt):
+            raise ValueError(
+                f"prompt {request.id} has {len(request.prompt)} tokens and visual_index "
+                f"{len(shown.visual_index)}"
             )
 
     def update(self, params: Params, *, version: int) -> None:
@@ -210,10 +226,12 @@ class Session:
         none = self._batch.level.context_pages
         counts, lengths = engine.prefill_sizes
         for length in lengths:
-            fresh, rows = pack_contexts(fresh, length, engine.page_size, none)
+            shape = engine.row_shape(length, none)
+            fresh, rows = pack_contexts(fresh, shape)
             while rows:
                 count = next((n for n in counts if n >= len(rows)), counts[-1])
-                group = _stack(rows[:count], count, none)
+                empty = [shape.empty(1)] * (count - len(rows))
+                group = jax.tree.map(lambda *x: np.concatenate(x), *rows[:count], *empty)
                 self._pages = engine.run_prefill(self._params, self._pages, group)
                 used = int(np.count_nonzero(group.segment_ids))
                 self._counts["prefill_tokens"] += used
@@ -262,10 +280,3 @@ class Session:
         if not has_stop(whole):
             return whole, False
         return next(n for n in range(whole - new + 1, whole + 1) if has_stop(n)), True
-
-
-def _stack(rows: list[Prefill], count: int, none: int) -> Prefill:
-    """Rows of contexts as one batch, with empty rows up to a count."""
-    empty = Prefill(*(np.zeros_like(x) for x in rows[0][:3]), np.full_like(rows[0].places, none))
-    parts = zip(*rows, *[empty] * (count - len(rows)), strict=True)
-    return Prefill(*(np.concatenate(part) for part in parts))

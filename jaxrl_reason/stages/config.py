@@ -1,19 +1,31 @@
 """The configuration of a run. A default lives here and nowhere else."""
 
 import dataclasses
+import functools
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
+import jax
 import pydantic
 from pydantic import Field
 
 from jaxrl_reason.config import Config, validate
 from jaxrl_reason.models import PRESETS, ModelConfig, preset
+from jaxrl_reason.models.lora import LoRAConfig, trainable
 from jaxrl_reason.sampling import SamplingConfig
 from jaxrl_reason.sharding import MeshConfig
+from jaxrl_reason.stages.dataset_task import load_dataset_task
 from jaxrl_reason.stages.policy_config import GRPOConfig, MORLConfig, PolicyConfig
-from jaxrl_reason.stages.stage_config import DPOConfig, Positive, SampledPairs, Seed, SFTConfig
-from jaxrl_reason.tasks import make_task
+from jaxrl_reason.stages.stage_config import (
+    DPOConfig,
+    Names,
+    Positive,
+    SampledPairs,
+    Seed,
+    SFTConfig,
+)
+from jaxrl_reason.tasks import Task, make_task
 
 StageConfig = Annotated[
     SFTConfig | DPOConfig | GRPOConfig | MORLConfig, Field(discriminator="kind")
@@ -21,23 +33,36 @@ StageConfig = Annotated[
 
 
 class ModelChoice(Config):
-    """A model to train from scratch: a preset with some fields changed."""
+    """A model to train from scratch, or a published one to go on with."""
 
-    preset: Literal[PRESETS] = "0.7m"
-    """Size by the parameters of its blocks."""
+    preset: Literal[PRESETS] | None = None
+    """Size by the parameters of its blocks, of a model from random weights; 0.7m when null."""
+    path: str | None = None
+    """Directory or hub id of a published model in Hugging Face's format, in place of a preset."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub."""
     changes: Mapping[str, Any] = {}
-    """Fields of `ModelConfig` that differ from the preset, for example `num_hidden_layers: 6`."""
+    """Fields of `ModelConfig` that differ, for example `num_hidden_layers: 6` or `remat: full`."""
+    lora: LoRAConfig | None = None
+    """Train adapters of this size, and nothing else."""
+    freeze: Names = ()
+    """Parts of the parameters that are not trained, for example `vision`."""
 
     def resolve(self, vocab_size: int) -> ModelConfig:
-        """The model's configuration for a vocabulary."""
-        whole = dataclasses.asdict(preset(self.preset, vocab_size=vocab_size)) | self.changes
-        return validate(_Changed, {"changes": whole}, f"preset {self.preset}").changes
+        """The model's configuration; a published model brings its own vocabulary."""
+        return _resolve(self, vocab_size)
 
     @pydantic.model_validator(mode="after")
     def _resolves(self):
-        if "vocab_size" in self.changes:
-            raise ValueError("changes.vocab_size follows from the task's tokenizer; remove it")
-        self.resolve(vocab_size=8)
+        if self.path is not None and self.preset is not None:
+            raise ValueError("preset cannot act beside path; remove one of them")
+        if self.path is None and self.revision is not None:
+            raise ValueError("revision cannot act without path; remove it")
+        for name in ("vocab_size", "lora", "freeze", "vision"):
+            if name in self.changes:
+                where = f"set model.{name}" if name in ("lora", "freeze") else "remove it"
+                raise ValueError(f"changes.{name} is not for changes; {where}")
+        trainable(self.resolve(vocab_size=8))
         return self
 
 
@@ -47,20 +72,82 @@ class _Changed(Config):
     changes: ModelConfig
 
 
+def _resolve(choice: ModelChoice, vocab_size: int) -> ModelConfig:
+    if choice.path is None:
+        name = choice.preset or _PRESET
+        base, where = preset(name, vocab_size=vocab_size), f"preset {name}"
+    else:
+        base, where = _published(choice.path, choice.revision), choice.path
+    base = dataclasses.replace(base, lora=choice.lora, freeze=choice.freeze)
+    if not choice.changes:
+        return base
+    # Only what a user wrote is checked as a configuration; the rest may hold what YAML has not.
+    given = {name: getattr(base, name) for name in _FIELDS - choice.changes.keys()}
+    return validate(_Changed, {"changes": {**given, **choice.changes}}, where).changes
+
+
+_PRESET = "0.7m"
+_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+@functools.lru_cache(maxsize=4)
+def _published(path: str, revision: str | None) -> ModelConfig:
+    """The configuration of a published model, to be computed with as the device likes."""
+    # Loads transformers, which a run from random weights needs for its tokenizer only.
+    from jaxrl_reason.models.convert import read_model_config
+
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return dataclasses.replace(read_model_config(path, revision=revision), dtype=dtype)
+
+
 class TaskChoice(Config):
-    """A procedural task with solver traces and a verifier."""
+    """What is to be learned: a procedural task, or the rows of a data set."""
 
     name: str = "arithmetic"
-    """Name of the task; see `jaxrl_reason.tasks.TASKS`."""
+    """Name of a procedural task (`jaxrl_reason.tasks.TASKS`), or `dataset`."""
     options: Mapping[str, Any] = {}
-    """Arguments of the task, such as its difficulty."""
+    """Arguments of the task, such as its difficulty, or of the data set, such as `source`."""
     tokenizer: Literal["word", "character"] = "word"
-    """Tokens are the words of the task's grammar, or its characters."""
+    """Tokens are the words of the task's grammar, or its characters; a published model brings its
+    own."""
+
+    def make(self) -> Task:
+        """The task itself; rows of a data set are read once."""
+        return _make_task(self.name, json.dumps(dict(self.options), sort_keys=True))
 
     @pydantic.model_validator(mode="after")
     def _constructs(self):
-        make_task(self.name, self.options)
+        self.make()
         return self
+
+
+@functools.lru_cache(maxsize=4)
+def _make_task(name: str, options: str) -> Task:
+    given = json.loads(options)
+    return load_dataset_task(given) if name == "dataset" else make_task(name, given)
+
+
+class ChatConfig(Config):
+    """How prompts and completions become tokens."""
+
+    system_prompt: str | None = None
+    """A turn before every prompt that has none of its own, such as the layout of an answer."""
+    template_kwargs: Mapping[str, Any] = {}
+    """Variables of the chat template, for example `enable_thinking: false`."""
+    chat_template_path: str | None = None
+    """File with a Jinja template in place of the tokenizer's own."""
+    plain: bool = False
+    """No template: a prompt is text and stays as it is, for base models that have none."""
+
+    @pydantic.model_validator(mode="after")
+    def _acts(self):
+        useless = [name for name in _OF_TEMPLATE if getattr(self, name)]
+        if self.plain and useless:
+            raise ValueError(f"{useless[0]} cannot act with plain=true; remove one of them")
+        return self
+
+
+_OF_TEMPLATE = ("system_prompt", "template_kwargs", "chat_template_path")
 
 
 class EvaluationConfig(Config):
@@ -100,8 +187,12 @@ class RunConfig(Config):
     """The task."""
     model: ModelChoice = ModelChoice()
     """The model."""
+    chat: ChatConfig = ChatConfig()
+    """Its chat template."""
     max_prompt_length: Positive
     """Longest prompt in tokens; shorter ones are padded to it for sampling."""
+    max_visual_tokens: Positive | None = None
+    """Most tokens that stand for the images and videos of a prompt, where the task shows some."""
     mesh: MeshConfig = MeshConfig()
     """How devices are arranged."""
     steps_per_dispatch: Positive = 32
@@ -110,8 +201,8 @@ class RunConfig(Config):
     """Evaluation of every stage."""
     tracking: TrackingConfig = TrackingConfig()
     """Sinks of metrics."""
-    stages: Annotated[Mapping[str, StageConfig], Field(min_length=1)]
-    """Stages by name, in order."""
+    stages: Mapping[str, StageConfig] = {}
+    """Stages by name, in order; without any, the model is evaluated as it is."""
 
     @pydantic.model_validator(mode="after")
     def _parents_exist(self):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,28 @@ from jaxtyping import Key
 
 from jaxrl_reason import __version__, checkpoint
 from jaxrl_reason.config import hash_json, to_json
+from jaxrl_reason.data import chat
 from jaxrl_reason.data.batching import Example
 from jaxrl_reason.data.tokenizer import (
     PreTrainedTokenizerFast,
     build_tokenizer,
-    decode_completion,
-    render_completion,
-    render_prompt,
+    load_generation_config,
+    load_tokenizer,
 )
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, Params
-from jaxrl_reason.sampling import Engine, SamplingConfig
+from jaxrl_reason.models.lora import ADAPTER
+from jaxrl_reason.sampling import Engine, SamplingConfig, Shown
 from jaxrl_reason.sharding import batch_multiple, make_mesh, tree_shardings
 from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.encoding import Encoder, Prompt
+from jaxrl_reason.stages.eyes import Eyes
+from jaxrl_reason.stages.policy_rows import Sight
 from jaxrl_reason.stages.stage_config import Training
-from jaxrl_reason.tasks import Problem, Task, make_task
+from jaxrl_reason.steps import partition
+from jaxrl_reason.tasks import Problem, Task
 
+_PATCH_MULTIPLE = 16  # so that data of another day seldom means another program
 _VOCABULARY_MULTIPLE = 8  # so that the embedding can be cut over the devices of one machine
 
 
@@ -42,25 +48,85 @@ class Context:
     tokenizer: PreTrainedTokenizerFast
     model: Model
     mesh: Mesh
+    encoder: Encoder
+    """Makes tokens of prompts and completions."""
+    stop_ids: tuple[int, ...]
+    """Tokens that end a completion."""
 
     @classmethod
     def create(cls, config: RunConfig) -> "Context":
         """Build the task, tokenizer, model and mesh of a configuration.
 
         Raises:
-            InputError: the model is too short for prompt and completion, or the mesh does not fit.
+            InputError: the model is too short for prompt and completion, the mesh does not fit, or
+                a published model's tokenizer cannot be read or has no chat template.
         """
-        task = make_task(config.task.name, config.task.options)
-        tokenizer = build_tokenizer(task.words(), level=config.task.tokenizer)
+        task, choice = config.task.make(), config.model
+        generation: dict[str, Any] = {}
+        if choice.path is None:
+            tokenizer = build_tokenizer(task.words(), level=config.task.tokenizer)
+        else:
+            tokenizer = load_tokenizer(
+                choice.path,
+                revision=choice.revision,
+                chat_template_path=config.chat.chat_template_path,
+            )
+            generation = load_generation_config(choice.path, revision=choice.revision)
         vocab_size = -(-len(tokenizer) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+        model = Model(choice.resolve(vocab_size))
+        if len(tokenizer) > model.config.vocab_size:
+            raise InputError(
+                f"{choice.path}: the tokenizer has {len(tokenizer)} tokens and the model "
+                f"{model.config.vocab_size}; they do not belong together"
+            )
         return cls(
             config=config,
             directory=Path(config.output_dir) / config.name,
             task=task,
             tokenizer=tokenizer,
-            model=Model(config.model.resolve(vocab_size)),
+            model=model,
             mesh=make_mesh(config.mesh),
+            encoder=Encoder.create(config, task, tokenizer, model.config),
+            stop_ids=chat.stop_ids(tokenizer, generation),
         )
+
+    @property
+    def pad_id(self) -> int:
+        """Fills unused places; nobody reads it."""
+        pad = self.tokenizer.pad_token_id
+        return self.stop_ids[0] if pad is None else pad
+
+    @property
+    def visual_tokens(self) -> int:
+        """Most tokens of a prompt that stand for images and videos; 0 for a model of text."""
+        sees = self.model.config.vision is not None
+        return self.config.max_visual_tokens or 0 if sees else 0
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches of images and videos that one of those tokens stands for."""
+        vision = self.model.config.vision
+        return 1 if vision is None else vision.merge_unit
+
+    def patches_of(self, *rows: Iterable[Example]) -> int | None:
+        """Patches that a row must have room for, of rows of examples; None for a model of text."""
+        if self.encoder.vision is None:
+            return None
+        most = max(sum(example.num_patches for example in row) for row in rows)
+        unit = self.patches_per_token * _PATCH_MULTIPLE
+        return -(-max(most, 1) // unit) * unit
+
+    @functools.cached_property
+    def _eyes(self) -> Eyes | None:
+        if not self.visual_tokens:
+            return None
+        return Eyes(self.model, self.mesh, self.visual_tokens)
+
+    def look(
+        self, params: Params, prompts: Sequence[Prompt]
+    ) -> tuple[list[Shown] | None, list[Sight] | None]:
+        """What sampling and an update read of what prompts show; None where all is text."""
+        return (None, None) if self._eyes is None else self._eyes.look(params, prompts)
 
     @functools.cached_property
     def params_shapes(self) -> Params:
@@ -82,7 +148,8 @@ class Context:
     def root(self) -> dict[str, Any]:
         """The part of the configuration that the untrained model and the task follow from."""
         config = to_json(self.config)
-        return {name: config[name] for name in ("seed", "task", "model")}
+        names = ("seed", "task", "model", "chat", "max_visual_tokens")
+        return {name: config[name] for name in names}
 
     @functools.cached_property
     def root_hash(self) -> str:
@@ -90,9 +157,26 @@ class Context:
         return hash_json(self.root)
 
     def init_params(self) -> Params:
-        """Fresh parameters, created where they lie."""
-        init = jax.jit(self.model.init, out_shardings=self.params_shardings)
-        return init(jax.random.fold_in(jax.random.key(self.config.seed), _number("init")))
+        """Fresh or published parameters, created where they lie.
+
+        Raises:
+            InputError: the files of a published model do not fit its configuration.
+        """
+        key = jax.random.fold_in(jax.random.key(self.config.seed), _number("init"))
+        choice = self.config.model
+        if choice.path is None:
+            return jax.jit(self.model.init, out_shardings=self.params_shardings)(key)
+        from jaxrl_reason.models.convert import load_params
+
+        base = dataclasses.replace(self.model.config, lora=None)
+        params = load_params(Model(base), choice.path, mesh=self.mesh, revision=choice.revision)
+        if self.model.config.lora is None:
+            return params
+        ours = lambda tree: partition(tree, lambda path: path[-1] in ADAPTER)[0]
+        # The other parameters are not returned, so the compiler does not make them.
+        init = lambda key: ours(self.model.init(key))
+        adapter = jax.jit(init, out_shardings=ours(self.params_shardings))(key)
+        return _with_adapter(params, adapter)
 
     def engine(
         self,
@@ -114,26 +198,23 @@ class Context:
             model=self.model,
             mesh=self.mesh,
             sampling=sampling,
-            stop_ids=(self.tokenizer.eos_token_id,),
+            stop_ids=self.stop_ids,
             max_prompt_length=self.config.max_prompt_length,
             max_completion_length=max_completion_length,
             max_rows=max_rows,
             group_size=group_size,
             steps_per_dispatch=self.config.steps_per_dispatch,
-            detokenize=functools.partial(decode_completion, self.tokenizer),
+            visual_tokens=self.visual_tokens,
+            detokenize=lambda ids: chat.decode(self.tokenizer, ids, self.stop_ids),
         )
 
-    def encode(self, prompt: str, completion: str) -> Example:
-        """Token ids of a prompt and of its completion."""
-        return render_prompt(self.tokenizer, prompt), render_completion(self.tokenizer, completion)
-
-    def encode_prompts(self, problems: Sequence[Problem]) -> list[list[int]]:
-        """Token ids of the problems' prompts."""
-        return [render_prompt(self.tokenizer, problem.prompt) for problem in problems]
+    def prompts(self, problems: Sequence[Problem]) -> list[Prompt]:
+        """The problems' prompts as the model reads them."""
+        return [self.encoder.problem(problem) for problem in problems]
 
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """Texts of completions."""
-        return [decode_completion(self.tokenizer, ids) for ids in completions]
+        return [chat.decode(self.tokenizer, ids, self.stop_ids) for ids in completions]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,6 +292,18 @@ class Stage:
             "code_version": __version__,
             **more,
         }
+
+
+def _with_adapter(params: Params, adapter: Params) -> Params:
+    """Parameters in a larger tree, which holds an adapter and None where it has none."""
+    return {
+        name: _with_adapter(params.get(name, {}), value)
+        if isinstance(value, dict)
+        else params[name]
+        if value is None
+        else value
+        for name, value in adapter.items()
+    }
 
 
 def _number(name: str) -> int:

@@ -14,24 +14,29 @@ import numpy as np
 from jaxrl_reason.config import hash_json
 from jaxrl_reason.data.batching import Example, fill_rows, microbatches, step_indices
 from jaxrl_reason.data.records import load_records, write_jsonl
-from jaxrl_reason.data.tokenizer import render_prompt
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.sampling import sample
 from jaxrl_reason.sharding import batch_multiple, on_mesh, place_batch
 from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.encoding import file_records
 from jaxrl_reason.stages.stage_config import DPOConfig, FileData
-from jaxrl_reason.stages.training import StepResult, compile_step, resume, train
+from jaxrl_reason.stages.training import (
+    StepResult,
+    compile_step,
+    resume,
+    stage_optimizer,
+    train,
+)
 from jaxrl_reason.steps import (
     Optimizer,
     Step,
-    make_optimizer,
     make_preference_step,
     needs_reference,
     pair_logprobs,
 )
 
 Pair = tuple[Example, Example]
-"""Token ids of a chosen and of a rejected (prompt, completion)."""
+"""A chosen and a rejected completion of a prompt."""
 
 _ROW_MULTIPLE = 16
 
@@ -43,15 +48,16 @@ def run_dpo(stage: Stage) -> None:
     stage.check_rows("batch_size", config.batch_size, microbatches=count)
     pairs = preference_pairs(stage)
     length = row_length(stage, pairs)
+    num_patches = stage.context.patches_of(*([example] for pair in pairs for example in pair))
     reference = None
     if needs_reference(config.loss_type):
-        reference = reference_logprobs(stage, pairs, length)
-    optimizer = make_optimizer(config.optimizer, config.steps)
+        reference = reference_logprobs(stage, pairs, length, num_patches)
+    optimizer = stage_optimizer(stage, config.steps)
     update = preference_update(stage, optimizer)
 
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(pairs), batch_size=config.batch_size)
-        batch = pair_rows(stage, [pairs[i] for i in chosen], length)
+        batch = pair_rows(stage, [pairs[i] for i in chosen], length, num_patches)
         num_tokens = int((batch["segment_ids"] > 0).sum())
         if reference is not None:
             batch["ref_logprobs"] = reference[chosen]
@@ -62,7 +68,7 @@ def run_dpo(stage: Stage) -> None:
         return StepResult(state, [metrics], told, num_tokens, counted, cut["tokens"].shape)
 
     show = ("loss", "rewards/accuracies", "rewards/margins")
-    data_hash = hash_json(pairs)
+    data_hash = hash_json([[example.identity for example in pair] for pair in pairs])
     begin = resume(stage, optimizer, data_hash=data_hash)
     train(stage, begin, one_step, show=show, data_hash=data_hash)
 
@@ -89,17 +95,16 @@ def preference_pairs(stage: Stage) -> list[Pair]:
         InputError: a malformed or over-long row, by file and line; or no pair at all.
     """
     config: DPOConfig = stage.config
-    if isinstance(config.data, FileData):
-        path = config.data.path
-    else:
-        # Named after what made it: another configuration must not find these pairs.
-        path = stage.directory / f"pairs-{stage.hash}.jsonl"
-        if not path.exists():
-            write_jsonl(path, sampled_pairs(stage))
+    sampled = not isinstance(config.data, FileData)
+    # Named after what made it: another configuration must not find these pairs.
+    path = stage.directory / f"pairs-{stage.hash}.jsonl"
+    if sampled and not path.exists():
+        write_jsonl(path, sampled_pairs(stage))
+    records = load_records(path) if sampled else file_records(config.data)
     pairs = []
-    for record in load_records(path, required=("prompt", "chosen", "rejected")):
+    for record in records:
         pair = record.check(lambda row: encode_pair(stage, row))
-        longest = max(len(prompt) + len(completion) for prompt, completion in pair)
+        longest = max(example.size for example in pair)
         if longest > config.max_length:
             raise InputError(
                 f"{record.where}: prompt and completion have {longest} tokens; "
@@ -111,13 +116,20 @@ def preference_pairs(stage: Stage) -> list[Pair]:
 
 def encode_pair(stage: Stage, row: dict[str, Any]) -> Pair:
     """Token ids of a row's texts, or those sampled, which text might not give back."""
-    if "chosen_ids" in row:
-        prompt = render_prompt(stage.context.tokenizer, row["prompt"])
-        return (prompt, row["chosen_ids"]), (prompt, row["rejected_ids"])
-    chosen, rejected = (
-        stage.context.encode(row["prompt"], row[side]) for side in ("chosen", "rejected")
-    )
-    return chosen, rejected
+    encoder = stage.context.encoder
+    if "chosen_ids" not in row:
+        chosen, rejected = encoder.preference(row)
+        return (
+            encoder.later(chosen, lambda: encoder.preference(row)[0]),
+            encoder.later(rejected, lambda: encoder.preference(row)[1]),
+        )
+    (problem,) = stage.problems(row["problem"], 1)
+
+    def example(ids: list[int]) -> Example:
+        complete = lambda: encoder.completed(problem, ids)
+        return encoder.later(complete(), complete)
+
+    return example(row["chosen_ids"]), example(row["rejected_ids"])
 
 
 _ROWS = 512  # completions sampled at once
@@ -138,13 +150,15 @@ def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
         max_rows=min(_ROWS, data.num_prompts * data.num_generations),
         group_size=data.num_generations,
     )
+    params, prompts = stage.parent_params(), context.prompts(problems)
     rollout = sample(
         engine,
-        stage.parent_params(),
-        context.encode_prompts(problems),
+        params,
+        [prompt.tokens for prompt in prompts],
         stage.key(0),
         num_generations=data.num_generations,
-        pad_id=context.tokenizer.pad_token_id,
+        pad_id=context.pad_id,
+        shown=context.look(params, prompts)[0],
     )
     completions = rollout.completions()
     texts = context.decode(completions)
@@ -161,7 +175,7 @@ def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
             rejected = wrong.pop(draw.integers(len(wrong)))
             row = {"prompt": problem.prompt, "chosen": texts[chosen], "rejected": texts[rejected]}
             ids = {"chosen_ids": completions[chosen], "rejected_ids": completions[rejected]}
-            rows.append(row | ids)
+            rows.append({"problem": number, **row, **ids})
     if len(rows) < config.batch_size:
         raise InputError(
             f"stages.{stage.name}: the parent's samples for {data.num_prompts} problems gave "
@@ -173,11 +187,13 @@ def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
 
 def row_length(stage: Stage, pairs: list[Pair]) -> int:
     """Tokens of a row: the longest of the data, rounded up, so that no row is mostly padding."""
-    longest = max(len(prompt) + len(ids) for pair in pairs for prompt, ids in pair)
+    longest = max(example.size for pair in pairs for example in pair)
     return min(-(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE, stage.config.max_length)
 
 
-def reference_logprobs(stage: Stage, pairs: list[Pair], length: int) -> np.ndarray:
+def reference_logprobs(
+    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None
+) -> np.ndarray:
     """Sequence log-probs [pairs, 2] of every pair under the parent."""
     config: DPOConfig = stage.config
     context = stage.context
@@ -197,13 +213,15 @@ def reference_logprobs(stage: Stage, pairs: list[Pair], length: int) -> np.ndarr
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]
         # One shape for all: the last part is filled up with copies of its first pair.
-        batch = pair_rows(stage, part + part[:1] * (size - len(part)), length)
+        batch = pair_rows(stage, part + part[:1] * (size - len(part)), length, num_patches)
         results.append(np.asarray(compute(params, place_batch(batch, context.mesh)))[: len(part)])
     return np.concatenate(results)
 
 
-def pair_rows(stage: Stage, pairs: list[Pair], length: int) -> dict[str, np.ndarray]:
-    """Arrays [pairs, 2, T], the chosen completion first."""
+def pair_rows(
+    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None
+) -> dict[str, np.ndarray]:
+    """Arrays [pairs, 2, T, ...], the chosen completion first."""
     flat = [[example] for pair in pairs for example in pair]
-    batch = fill_rows(flat, length, pad_id=stage.context.tokenizer.pad_token_id)
-    return {name: x.reshape(len(pairs), 2, length) for name, x in batch.items()}
+    batch = fill_rows(flat, length, pad_id=stage.context.pad_id, num_patches=num_patches)
+    return {name: x.reshape(len(pairs), 2, *x.shape[1:]) for name, x in batch.items()}

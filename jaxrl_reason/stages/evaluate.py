@@ -35,12 +35,14 @@ def evaluate(
         config.max_completion_length,
         max_rows=min(config.batch_size, config.problems),
     )
+    prompts = context.prompts(problems)
     rollout = sample(
         engine,
         params,
-        context.encode_prompts(problems),
+        [prompt.tokens for prompt in prompts],
         jax.random.fold_in(jax.random.key(context.config.seed), _KEY),
-        pad_id=context.tokenizer.pad_token_id,
+        pad_id=context.pad_id,
+        shown=context.look(params, prompts)[0],
     )
     texts = context.decode(rollout.completions())
     rows = [

@@ -29,12 +29,11 @@ from jaxrl_reason.stages.policy_config import GRPOConfig, PolicyConfig, reward_w
 from jaxrl_reason.stages.policy_rows import PolicyRows, may_drop
 from jaxrl_reason.stages.rollouts import open_rollouts
 from jaxrl_reason.stages.scoring import Scored
-from jaxrl_reason.stages.training import StepResult, compile_step, resume, train
+from jaxrl_reason.stages.training import StepResult, compile_step, resume, stage_optimizer, train
 from jaxrl_reason.steps import (
     Optimizer,
     PolicyObjective,
     Step,
-    make_optimizer,
     make_policy_step,
 )
 
@@ -66,7 +65,7 @@ def run_grpo(stage: Stage) -> None:
 def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
     """The loop above, for any way of turning rewards into advantages."""
     config: PolicyConfig = stage.config
-    optimizer = make_optimizer(config.optimizer, config.steps * config.num_iterations)
+    optimizer = stage_optimizer(stage, config.steps * config.num_iterations)
     begin = resume(stage, optimizer, data_hash=stage.context.root_hash)
     update = policy_update(stage, optimizer)
     rows = policy_rows(stage)
@@ -78,7 +77,7 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
             batch = rollouts.next(state.params, step, times)
             advantages, how = advantages_of(batch.scored)
             with times.phase("update"):
-                placed, packing = rows.place(batch.rollout, advantages, batch.counts)
+                placed, packing = rows.place(batch.rollout, advantages, batch.counts, batch.sights)
             with times.phase("logprobs"):
                 placed, weights = others.add(state.params, placed)
             updates = []
@@ -136,13 +135,15 @@ def policy_rows(stage: Stage) -> PolicyRows:
     context = stage.context
     return PolicyRows(
         mesh=context.mesh,
-        pad_id=context.tokenizer.pad_token_id,
+        pad_id=context.pad_id,
         max_prompt_length=context.config.max_prompt_length,
         max_completion_length=config.max_completion_length,
         completions=config.prompts_per_step * config.num_generations,
         num_generations=config.num_generations,
         row_length=config.row_length,
         microbatch_tokens=config.microbatch_tokens,
+        visual_tokens=context.visual_tokens,
+        patches_per_token=context.patches_per_token,
         drop=may_drop(config.loss_type, beta=config.beta),
     )
 

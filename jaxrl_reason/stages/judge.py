@@ -8,7 +8,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-from jaxrl_reason.data.tokenizer import PreTrainedTokenizerFast, decode_completion
+from jaxrl_reason.data.chat import decode
+from jaxrl_reason.data.tokenizer import PreTrainedTokenizerFast
 from jaxrl_reason.rewards import (
     RewardFunction,
     Scores,
@@ -51,10 +52,12 @@ class Judge:
         tokenizer: PreTrainedTokenizerFast,
         rewards: Sequence[AnyReward],
         *,
+        stop_ids: Sequence[int],
         max_completion_length: int,
     ):
         self._task = task
         self._tokenizer = tokenizer
+        self._stop_ids = tuple(stop_ids)
         self._rewards = tuple(rewards)
         self._longest = max_completion_length
 
@@ -76,7 +79,7 @@ class Judge:
             problem: what it answers.
             ids: its token ids, the stop token included.
         """
-        text = decode_completion(self._tokenizer, ids)
+        text = decode(self._tokenizer, ids, self._stop_ids)
         read = Read(problem, ids, text, self._task.verify(problem, text))
         return read, self.score("completion", [read], number)
 

@@ -6,10 +6,13 @@ from typing import Any, NamedTuple
 from jaxrl_reason import checkpoint
 from jaxrl_reason.config import load_yaml, validate
 from jaxrl_reason.models import Params
+from jaxrl_reason.models.config import DType
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
 
 lineage = checkpoint.lineage
+TOKENIZER = "tokenizer"
+"""Folder of a run with its tokenizer, and of a published model with its description."""
 
 
 class Loaded(NamedTuple):
@@ -31,6 +34,48 @@ def load(path: str | Path) -> Loaded:
     raw = load_yaml(run / "config.json")
     # The run may have been moved or renamed since: its place is where it was found.
     raw |= {"output_dir": str(run.parent), "name": run.name}
+    if raw["model"].get("path") is not None:
+        # So may the published model; the run has its description, and its weights as `init`.
+        raw["model"] |= {"path": str(run / TOKENIZER), "revision": None}
+        raw["chat"] |= {"chat_template_path": None}
     context = Context.create(validate(RunConfig, raw, str(run / "config.json")))
     params = checkpoint.restore_params(step, context.params_like)
     return Loaded(context, params, checkpoint.read_meta(step))
+
+
+def export(
+    path: str | Path,
+    directory: str | Path,
+    *,
+    adapter: bool = False,
+    dtype: DType | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Write the model at a checkpoint as a directory in Hugging Face's format.
+
+    Args:
+        path: as in `load`.
+        directory: to be made.
+        adapter: write the adapter alone, in PEFT's format, and not merged into the model.
+        dtype: of the tensors; that of the parameters if None.
+        max_shard_size: of a file.
+
+    Raises:
+        InputError: no such checkpoint, no adapter, or something is in the place of the directory.
+    """
+    from jaxrl_reason.models.convert import save_adapter, save_pretrained
+
+    loaded = load(path)
+    context = loaded.context
+    if adapter:
+        return save_adapter(context.model, loaded.params, directory)
+    like = context.directory / TOKENIZER if context.config.model.path is not None else None
+    return save_pretrained(
+        context.model,
+        loaded.params,
+        directory,
+        tokenizer=context.tokenizer,
+        like=like,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )

@@ -1,22 +1,54 @@
 """Log-probs of other policies than the one that is updated: extra forward passes of a step.
 
-With `beta > 0` those of the reference, which is the parent. And those of training before the first
-update, once sampling has been found to have others (`policy_mismatch.py`).
+With `beta > 0` those of the reference, which is the parent. It shares with the policy what is not
+trained, and where the run trains an adapter that is still untrained in the parent, all parameters.
+And those of training before the first update, once sampling has been found to have others
+(`policy_mismatch.py`).
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxrl_reason.models import Params
+from jaxrl_reason.models.lora import trainable, without_adapter
 from jaxrl_reason.sharding import on_mesh
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.policy_mismatch import Mismatch, make_correction
-from jaxrl_reason.steps import make_batch_logprobs
+from jaxrl_reason.steps import combine, make_batch_logprobs, partition
 
 _LARGEST = "sampling/sampling_logp_difference/max"
+
+
+class Reference:
+    """A stage's parent, of which only what the stage changes is held.
+
+    The state of training is donated to every update. So the parameters that parent and policy have
+    in common are those of the present state, in each call.
+    """
+
+    def __init__(self, stage: Stage):
+        config = stage.context.model.config
+        self._trains = trainable(config)
+        self._own, _ = partition(stage.parent_params(), self._trains)
+        self._is_base = config.lora is not None and _adds_nothing(self._own)
+        if self._is_base:
+            self._own = None
+
+    def params(self, policy: Params) -> Params:
+        """The parent's parameters, given those of the policy; valid until the next update."""
+        if self._is_base:
+            return without_adapter(policy)
+        return combine(self._own, partition(policy, self._trains)[1])
+
+
+def _adds_nothing(adapter: Params) -> bool:
+    """Whether B is 0 in every adapter, as it is before training."""
+    leaves = jax.tree_util.tree_leaves_with_path(adapter)
+    return not any(bool(jnp.any(x != 0)) for path, x in leaves if path[-1].key == "lora_b")
 
 
 class OtherLogprobs:
@@ -36,7 +68,7 @@ class OtherLogprobs:
         }
         self._reference = None
         if config.beta > 0:
-            self._reference = stage.parent_params()
+            self._reference = Reference(stage)
             jitted = jax.jit(make_batch_logprobs(model, **of_model))
             self._logprobs = on_mesh(jitted, stage.context.mesh)
         self._mismatch = Mismatch(config.mismatch, model.config.dtype, saved)
@@ -54,7 +86,8 @@ class OtherLogprobs:
         if self._reference is None and not self._mismatch.correcting:
             return batch, metrics
         if self._reference is not None:
-            batch = batch | {"ref_logprobs": self._logprobs(self._reference, batch)}
+            reference = self._reference.params(params)
+            batch = batch | {"ref_logprobs": self._logprobs(reference, batch)}
         if self._mismatch.correcting:
             arrays, metrics = self._correction(params, batch)
             batch = batch | arrays

@@ -20,6 +20,7 @@ from jaxrl_reason.stages.dpo import preference_pairs, run_dpo
 from jaxrl_reason.stages.evaluate import evaluate, write_evaluation
 from jaxrl_reason.stages.grpo import run_grpo
 from jaxrl_reason.stages.judge import reward_functions
+from jaxrl_reason.stages.load import TOKENIZER
 from jaxrl_reason.stages.morl import run_morl
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.sft import demonstrations, run_sft
@@ -69,6 +70,24 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
         say(f"{stage.name}: {time.monotonic() - began:.0f} s")
         _write_json(context.directory / "summary.json", rows)
     return rows
+
+
+def import_model(config: RunConfig, *, say: Callable[[str], None]) -> Path:
+    """Prepare the folder of a run: its untrained or published model as a checkpoint.
+
+    Returns:
+        The folder of that checkpoint's stage, `init`.
+
+    Raises:
+        InputError: as `run` does before it trains.
+    """
+    context = Context.create(config)
+    check_belongs(context, plan(context))
+    _prepare_folder(context)
+    folder = context.directory / "init"
+    count = context.model.config.num_parameters
+    say(f"{folder}: {count:,} parameters, {len(context.tokenizer):,} tokens in the vocabulary")
+    return folder
 
 
 def plan(context: Context) -> list[Stage]:
@@ -133,7 +152,12 @@ def _prepare_folder(context: Context) -> None:
         raise InputError(
             f"cannot write to {context.directory}: {error.strerror}; choose another output_dir"
         ) from error
-    save_tokenizer(context.tokenizer, context.directory / "tokenizer")
+    choice = context.config.model
+    if choice.path is not None:
+        from jaxrl_reason.models.convert import copy_description
+
+        copy_description(choice.path, context.directory / TOKENIZER, choice.revision)
+    save_tokenizer(context.tokenizer, context.directory / TOKENIZER)
     if checkpoint.latest(checkpoints) is None:
         meta = {
             "run": context.config.name,

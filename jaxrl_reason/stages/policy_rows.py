@@ -2,14 +2,23 @@
 
 import dataclasses
 import math
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float, Int
 
-from jaxrl_reason.data.groups import Document, GroupRows, fill_groups, pack_groups
+from jaxrl_reason.data.batching import Batch, visual_rows
+from jaxrl_reason.data.groups import (
+    Document,
+    GroupRows,
+    fill_groups,
+    pack_groups,
+    show_groups,
+)
+from jaxrl_reason.data.vision import VisionRow
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.losses import LOSS_TYPES
 from jaxrl_reason.sharding import batch_multiple, place_batch
@@ -18,6 +27,15 @@ _LONG_ROW = 1024
 _WHOLE_GROUP = 2048
 _TILE = 64
 _MICROBATCH = 8192
+
+
+class Sight(NamedTuple):
+    """What a prompt shows."""
+
+    row: VisionRow
+    features: Float[np.ndarray, "M D"] | None = None
+    """Of its images and videos, where the update does not train what makes them."""
+    deep_features: Float[np.ndarray, "K M D"] | None = None
 
 
 class Completions(Protocol):
@@ -60,6 +78,10 @@ class PolicyRows:
     """Leave out completions whose advantage is 0. Only for what `may_drop` allows."""
     row_length: int | None = None
     """Tokens of a row; by default a group's, from 1024 to 2048 if the lengths above allow it."""
+    visual_tokens: int = 0
+    """Most tokens of a prompt that stand for images and videos; 0: prompts are text alone."""
+    patches_per_token: int = 1
+    """Patches that one of them stands for."""
     prefix_sharing: bool = True
     """False gives every completion its own row with its own prompt, the plain layout."""
 
@@ -96,15 +118,25 @@ class PolicyRows:
             on_cpu = self.mesh.devices.flat[0].platform == "cpu"
             tokens = devices * (self.length if on_cpu else _MICROBATCH)
         rows = devices * max(1, tokens // (self.length * devices))
-        longest = self.max_prompt_length + self.max_completion_length
-        together = self.length // longest if self.prefix_sharing else 1
-        return math.ceil(math.ceil(self.completions / together) / rows), rows
+        return math.ceil(self._most_rows / rows), rows
+
+    @property
+    def _most_rows(self) -> int:
+        """Rows that completions fill if all are as long as they may be."""
+        prompt, completion = self.max_prompt_length, self.max_completion_length
+        if self.visual_tokens:
+            groups = math.ceil(self.completions / self.num_generations)
+            together = (self.length - prompt) // completion
+            return groups * math.ceil(self.num_generations / together)
+        together = self.length // (prompt + completion) if self.prefix_sharing else 1
+        return math.ceil(self.completions / together)
 
     def place(
         self,
         rollout: Completions,
         advantages: Float[np.ndarray, " B"],
         counts: Bool[np.ndarray, " B"] | None = None,
+        sights: Sequence[Sight] | None = None,
     ) -> tuple[dict[str, jax.Array], dict[str, float]]:
         """A batch as `make_policy_step` reads it, on the mesh.
 
@@ -115,6 +147,7 @@ class PolicyRows:
             rollout: completions, those of a prompt consecutive.
             advantages: one of each completion.
             counts: completions that count in the loss; all by default.
+            sights: what each prompt shows, with `visual_tokens`.
 
         Returns:
             The arrays, and `tokens` (prompts and completions in the rows), `counted` (of them under
@@ -127,7 +160,7 @@ class PolicyRows:
         sizes = counted.sum(axis=1)
         dropped = (sizes > 0) & (advantages == 0) & self.drop
         kept = (sizes > 0) & ~dropped
-        made, used = self._fill(rollout, counted, kept)
+        made, used = self._fill(rollout, counted, kept, sights)
         batch = made.batch
         batch["advantages"] = made.spread(advantages)
         batch["sampling_logprobs"] = made.spread(rollout.sampling_logprobs + rollout.kept_logmass)
@@ -150,7 +183,7 @@ class PolicyRows:
         placed = place_batch(cut, self.mesh, batch_axis=1)
         return placed, {name: float(value) for name, value in info.items()}
 
-    def _fill(self, rollout, counted, kept) -> tuple[GroupRows, int]:
+    def _fill(self, rollout, counted, kept, sights) -> tuple[GroupRows, int]:
         """The rows, and how many microbatches they fill."""
         count, rows = self.shape
         lengths = rollout.completion_mask.sum(axis=1)
@@ -158,8 +191,15 @@ class PolicyRows:
         groups: list[dict[int, int]] = [{} for _ in rollout.prompts]
         for i in numbers:
             groups[i // rollout.num_generations][i] = int(lengths[i])
-        if self.prefix_sharing:
-            sizes = [len(prompt) for prompt in rollout.prompts]
+        sizes = [len(prompt) for prompt in rollout.prompts]
+        if self.visual_tokens:
+            # Each group has rows of its own, which then have room for one prompt's images.
+            packed = [
+                [Document(g, document.completions) for document in row]
+                for g, group in enumerate(groups)
+                for row in pack_groups([sizes[g]], [group], self.length, multiple=1)
+            ]
+        elif self.prefix_sharing:
             packed = pack_groups(sizes, groups, self.length, multiple=rows)
         else:
             packed = [[Document(g, (i,))] for g, group in enumerate(groups) for i in group]
@@ -175,4 +215,31 @@ class PolicyRows:
             pad_id=self.pad_id,
             num_rows=count * rows,
         )
+        if self.visual_tokens:
+            made.batch.update(self._show(packed, sights, lengths, count * rows))
         return made, math.ceil(len(packed) / rows)
+
+    def _show(self, packed, sights: Sequence[Sight], lengths, num_rows: int) -> Batch:
+        """Positions, and the images and videos of each row: patches, or features of them."""
+        shape = (num_rows, self.length)
+        of_prompts = [sight.row for sight in sights]
+        by_number = {i: int(n) for i, n in enumerate(lengths)}
+        shown = show_groups(packed, of_prompts, by_number, self.length)
+        trained = any(sight.features is None for sight in sights)
+        patches = self.visual_tokens * self.patches_per_token
+        arrays = visual_rows([[row] for row in shown], shape, patches, like=of_prompts[0])
+        if trained:
+            return arrays
+        names = [
+            name for name in ("features", "deep_features") if getattr(sights[0], name) is not None
+        ]
+        found = {name: arrays[name] for name in ("positions", "visual_index")}
+        for name in names:
+            first = getattr(sights[0], name)
+            found[name] = np.zeros(
+                (num_rows, *first.shape[:-2], self.visual_tokens, first.shape[-1]), np.float32
+            )
+            for r, ((group, _),) in enumerate(packed):
+                values = getattr(sights[group], name)
+                found[name][r, ..., : values.shape[-2], :] = values
+        return found

@@ -31,6 +31,7 @@ from jaxrl_reason.stages.completions import completion_metrics
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.judge import Judge
 from jaxrl_reason.stages.policy_config import PolicyConfig
+from jaxrl_reason.stages.policy_rows import Sight
 from jaxrl_reason.stages.scoring import Scored, Scoring
 from jaxrl_reason.stages.training import Start
 from jaxrl_reason.tasks import Problem
@@ -43,6 +44,8 @@ class Batch(NamedTuple):
     scored: Scored
     counts: Bool[np.ndarray, " B"]
     """Completions that count in the loss."""
+    sights: list[Sight] | None
+    """What the prompts show, where they show something."""
     is_stale: bool
     """Whether an earlier policy sampled it than the one that its update begins with."""
     metrics: dict[str, float]
@@ -66,6 +69,8 @@ class _Sampled:
     problems: list[Problem]
     """The candidates that were started."""
     prompts: list[list[int]]
+    sights: list[Sight]
+    """What they show, where they show something."""
     completions: dict[tuple[int, int], Completion]
     ended: deque[tuple[int, int]]
     """Candidates all of whose completions have ended, and how many completions had ended then."""
@@ -125,21 +130,21 @@ class Rollouts:
     ) -> _Sampled:
         """Sample the batch of a step and start its rewards, while those of `before` go on."""
         config = self._config
-        batch = _Sampled(self._scoring(), [], [], {}, deque(), {}, {})
+        batch = _Sampled(self._scoring(), [], [], [], {}, deque(), {}, {})
         with times.phase("sync"):
             session = self._engine.session(params, self._stage.key(step), version=version)
         with times.phase("rollout"):
-            session.submit(self._requests(batch, config.prompts_per_step))
+            session.submit(self._requests(params, batch, config.prompts_per_step))
             while True:
                 for completion in session:
                     with times.phase("rewards"):
                         self._ended(batch, completion)
                         if before is not None:
                             before.poll()
-                        refill = self._refill(batch, config.num_generations)
+                        refill = self._refill(params, batch, config.num_generations)
                     session.submit(refill)
                 with times.phase("rewards"):
-                    refill = self._refill(batch, 0)
+                    refill = self._refill(params, batch, 0)
                 if not refill:
                     break
                 session.submit(refill)
@@ -160,16 +165,23 @@ class Rollouts:
             num_groups=config.prompts_per_step,
         )
 
-    def _requests(self, batch: _Sampled, count: int) -> list[Request]:
+    def _requests(self, params: Params, batch: _Sampled, count: int) -> list[Request]:
         """Requests for the next `count` candidates of a batch."""
-        first = len(batch.problems)
+        first, context = len(batch.problems), self._stage.context
         problems = self._stage.problems(self._problems_read + first, count)
-        prompts = self._stage.context.encode_prompts(problems)
+        prompts = context.prompts(problems)
+        shown, sights = context.look(params, prompts)
         batch.problems += problems
-        batch.prompts += prompts
+        batch.prompts += [prompt.tokens for prompt in prompts]
+        batch.sights += sights or []
         return [
-            Request(prompt=prompt, id=number, index=index)
-            for number, prompt in enumerate(prompts, start=first)
+            Request(
+                prompt=prompt.tokens,
+                id=first + i,
+                index=index,
+                shown=None if shown is None else shown[i],
+            )
+            for i, prompt in enumerate(prompts)
             for index in range(self._config.num_generations)
         ]
 
@@ -184,7 +196,7 @@ class Rollouts:
 
     # Dynamic sampling
 
-    def _refill(self, batch: _Sampled, lag: int) -> list[Request]:
+    def _refill(self, params: Params, batch: _Sampled, lag: int) -> list[Request]:
         """Requests for one more candidate for each group that has turned out dead.
 
         A group is looked at when `lag` further completions have ended, and then waited for. Looked
@@ -202,7 +214,7 @@ class Rollouts:
         per_step = self._config.prompts_per_step
         wanted = per_step + sum(not live for live in batch.live.values())
         started = len(batch.problems)
-        return self._requests(batch, min(wanted, dynamic.max_batches * per_step) - started)
+        return self._requests(params, batch, min(wanted, dynamic.max_batches * per_step) - started)
 
     def _used(self, batch: _Sampled) -> list[int]:
         """The first live candidates; dead ones fill up where there are too few."""
@@ -224,7 +236,7 @@ class Rollouts:
                 for number in used
                 for index in range(config.num_generations)
             ],
-            pad_id=self._stage.context.tokenizer.pad_token_id,
+            pad_id=self._stage.context.pad_id,
             max_completion_length=config.max_completion_length,
         )
         age = version - rollout.versions[rollout.sampled]
@@ -234,7 +246,8 @@ class Rollouts:
         counts = np.ones(len(rollout.finished), bool)
         if config.mask_truncated_completions:
             counts = rollout.finished
-        return Batch(rollout, scored, counts, bool(age.any()), metrics)
+        sights = [batch.sights[number] for number in used] if batch.sights else None
+        return Batch(rollout, scored, counts, sights, bool(age.any()), metrics)
 
 
 @contextlib.contextmanager
@@ -253,6 +266,7 @@ def open_rollouts(stage: Stage, begin: Start) -> Iterator[Rollouts]:
         context.task,
         context.tokenizer,
         config.rewards,
+        stop_ids=context.stop_ids,
         max_completion_length=config.max_completion_length,
     )
     with Workers(judge, config.reward_workers) as workers:

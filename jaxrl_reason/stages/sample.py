@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.data.records import load_records
-from jaxrl_reason.data.tokenizer import render_prompt
 from jaxrl_reason.errors import InputError, nearest
 from jaxrl_reason.sampling import Completion, Request, SamplingConfig
 from jaxrl_reason.stages.context import Context
@@ -80,7 +79,7 @@ def complete(
             prompt=_encode(context, prompt),
             id=number,
             index=index,
-            forced=context.encode(prompt.text, config.begin)[1][:-1],
+            forced=context.encoder.begin(prompt.text, config.begin) if config.begin else (),
             stop=config.stop,
             logit_bias=_biases(context, config.logit_bias),
         )
@@ -127,7 +126,7 @@ def _biases(context: Context, given: Mapping[str, float]) -> dict[int, float]:
 
 def _encode(context: Context, prompt: Prompt) -> list[int]:
     try:
-        ids = render_prompt(context.tokenizer, prompt.text)
+        ids = context.encoder.prompt({"prompt": prompt.text})
     except InputError as error:
         raise InputError(f"{prompt.where}: {error}") from error
     if len(ids) > context.config.max_prompt_length:

@@ -4,17 +4,20 @@ Rows are packed once, before the first step, by best fit; an epoch visits the ro
 The loss counts completion tokens only, the end marker among them.
 """
 
+import functools
+
 import numpy as np
 
 from jaxrl_reason.config import hash_json
 from jaxrl_reason.data.batching import Example, fill_rows, microbatches, pack, step_indices
-from jaxrl_reason.data.records import load_records
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.sharding import place_batch
-from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.context import Context, Stage
+from jaxrl_reason.stages.encoding import file_records
 from jaxrl_reason.stages.stage_config import FileData, SFTConfig
-from jaxrl_reason.stages.training import StepResult, compile_step, resume, train
-from jaxrl_reason.steps import make_optimizer, make_sft_step
+from jaxrl_reason.stages.training import StepResult, compile_step, resume, stage_optimizer, train
+from jaxrl_reason.steps import make_sft_step
+from jaxrl_reason.tasks import Problem
 
 
 def run_sft(stage: Stage) -> None:
@@ -23,11 +26,12 @@ def run_sft(stage: Stage) -> None:
     microbatch_count = config.gradient_accumulation_steps
     stage.check_rows("batch_size", config.batch_size, microbatches=microbatch_count)
     examples = demonstrations(stage)
-    lengths = [len(prompt) + len(completion) for prompt, completion in examples]
-    rows = pack(lengths, config.max_length)
+    rows = pack([example.size for example in examples], config.max_length)
     if not config.packing:
         rows = [[i] for i in range(len(examples))]
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    of_rows = [[examples[i] for i in row] for row in rows]
+    num_patches = stage.context.patches_of(*of_rows)
+    optimizer = stage_optimizer(stage, config.steps)
     update = compile_step(
         stage,
         make_sft_step(stage.context.model, optimizer, logprob_chunk_size=config.logprob_chunk_size),
@@ -36,8 +40,10 @@ def run_sft(stage: Stage) -> None:
 
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(rows), batch_size=config.batch_size)
-        documents = [[examples[i] for i in rows[row]] for row in chosen]
-        batch = fill_rows(documents, config.max_length, pad_id=stage.context.tokenizer.pad_token_id)
+        documents = [of_rows[row] for row in chosen]
+        batch = fill_rows(
+            documents, config.max_length, pad_id=stage.context.pad_id, num_patches=num_patches
+        )
         num_tokens = int((batch["segment_ids"] > 0).sum())
         cut = microbatches(batch, microbatch_count)
         state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
@@ -45,7 +51,7 @@ def run_sft(stage: Stage) -> None:
         told = {"num_tokens": counted, "padding_share": 1 - num_tokens / batch["tokens"].size}
         return StepResult(state, [metrics], told, num_tokens, counted, cut["tokens"].shape)
 
-    data_hash = hash_json(examples)
+    data_hash = hash_json([example.identity for example in examples])
     begin = resume(stage, optimizer, data_hash=data_hash)
     train(stage, begin, one_step, show=("loss",), data_hash=data_hash)
 
@@ -64,16 +70,28 @@ def demonstrations(stage: Stage) -> list[Example]:
         draw = np.random.default_rng(stage.seed).choice
         styles = draw(names, size=len(problems), p=np.asarray(shares) / sum(shares))
         return [
-            context.encode(problem.prompt, context.task.trace(problem, str(style)))
+            _demonstration(context, problem, context.task.trace(problem, str(style)))
             for problem, style in zip(problems, styles, strict=True)
         ]
+    encoder = context.encoder.counting(
+        completion_only_loss=config.completion_only_loss,
+        assistant_only_loss=config.assistant_only_loss,
+    )
     examples = []
-    for record in load_records(config.data.path, required=("prompt", "completion")):
-        example = record.check(lambda row: context.encode(row["prompt"], row["completion"]))
-        if len(example[0]) + len(example[1]) > config.max_length:
-            raise InputError(
-                f"{record.where}: prompt and completion have {len(example[0]) + len(example[1])} "
-                f"tokens; stages.{stage.name}.max_length={config.max_length} is the most"
-            )
-        examples.append(example)
+    for record in file_records(config.data):
+        found = record.check(encoder.supervised)
+        again = lambda k, row=record.row: encoder.supervised(row)[k]
+        found = [encoder.later(e, functools.partial(again, k)) for k, e in enumerate(found)]
+        for example in found:
+            if example.size > config.max_length:
+                raise InputError(
+                    f"{record.where}: prompt and completion have {example.size} tokens; "
+                    f"stages.{stage.name}.max_length={config.max_length} is the most"
+                )
+        examples += found
     return examples
+
+
+def _demonstration(context: Context, problem: Problem, completion: str) -> Example:
+    demonstrate = lambda: context.encoder.demonstration(problem, completion)
+    return context.encoder.later(demonstrate(), demonstrate)

@@ -60,6 +60,10 @@ class FileData(Config):
     """`file`: from a file or the hub."""
     path: str
     """File, or id of a data set."""
+    split: str = "train"
+    """Split of a data set that has some."""
+    columns: Mapping[str, str] = {}
+    """Our columns from those of the file, for example `{prompt: question, completion: answer}`."""
 
 
 class SampledPairs(Config):
@@ -115,6 +119,10 @@ class SFTConfig(Training):
     """Tokens of a row."""
     packing: bool = True
     """Several demonstrations share a row, each seeing only itself."""
+    completion_only_loss: bool = True
+    """Of rows with a prompt, only what follows it counts."""
+    assistant_only_loss: bool = True
+    """Only turns of the assistant count."""
 
 
 class DPOConfig(Training):

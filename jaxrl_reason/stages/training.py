@@ -11,6 +11,7 @@ from jaxrl_reason.checkpoint import Checkpoints, latest_valid
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import MetricLog, Progress
 from jaxrl_reason.models import Params
+from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.sharding import batch_sharding, on_mesh, replicated
 from jaxrl_reason.stages.breakdown import table
 from jaxrl_reason.stages.compiles import CompileWatch
@@ -22,6 +23,7 @@ from jaxrl_reason.steps import (
     TrainState,
     init_state,
     learning_rate_schedule,
+    make_optimizer,
     state_shardings,
 )
 
@@ -55,6 +57,12 @@ class StepResult(NamedTuple):
 
 
 OneStep = Callable[[TrainState, int], StepResult]
+
+
+def stage_optimizer(stage: Stage, updates: int) -> Optimizer:
+    """The optimiser of all updates of a stage, for the parameters that the run trains."""
+    trains = trainable(stage.context.model.config)
+    return make_optimizer(stage.config.optimizer, updates, trains)
 
 
 def compile_step(stage: Stage, step: Step, optimizer: Optimizer) -> Step:

@@ -9,6 +9,7 @@ from jaxrl_reason.steps.preference import (
 )
 from jaxrl_reason.steps.sft import make_sft_step
 from jaxrl_reason.steps.state import (
+    AnyOptimizer,
     Optimizer,
     OptimizerConfig,
     Step,
@@ -17,14 +18,21 @@ from jaxrl_reason.steps.state import (
     learning_rate_schedule,
     make_optimizer,
     state_shardings,
+    trains_of,
 )
+from jaxrl_reason.steps.trained import Trains, combine, count_parameters, everything, partition
 
 __all__ = [
+    "AnyOptimizer",
     "Optimizer",
     "OptimizerConfig",
     "PolicyObjective",
     "Step",
     "TrainState",
+    "Trains",
+    "combine",
+    "count_parameters",
+    "everything",
     "init_state",
     "learning_rate_schedule",
     "make_batch_logprobs",
@@ -35,6 +43,8 @@ __all__ = [
     "model_logprobs",
     "needs_reference",
     "pair_logprobs",
+    "partition",
     "state_shardings",
     "target_logprobs",
+    "trains_of",
 ]

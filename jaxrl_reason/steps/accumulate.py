@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_reason.arrays import WeightedMean
 from jaxrl_reason.models import Params
 from jaxrl_reason.steps.state import Metrics
+from jaxrl_reason.steps.trained import Trains, combine, everything, partition
 
 Batch = dict[str, Array]
 
@@ -50,6 +51,7 @@ def value_and_grad(
     params: Params,
     batch: Batch,
     *,
+    trains: Trains = everything,
     extra_weight: Float[Array, ""] | float = 0.0,
 ) -> tuple[Array, Params, Metrics]:
     """Loss, gradient and metrics of a batch cut into microbatches.
@@ -58,23 +60,26 @@ def value_and_grad(
         loss_fn: `(params, microbatch) -> (loss, metrics)`, each a `WeightedMean`, or a metric a
             `Largest`; the weights may not depend on the parameters.
         params: where to differentiate.
+        trains: in which of them; no gradient of the others is computed.
         batch: arrays with a leading axis of microbatches, `[k, rows, ...]`, among them
             `completion_mask`. Trailing microbatches whose mask is all false cost nothing, so one
             compiled step serves batches of different fill.
         extra_weight: weight of what the loss counts as 0 and the batch leaves out.
 
     Returns:
-        `(loss, gradient, metrics)`, the means over all microbatches together.
+        `(loss, gradient, metrics)`, the means over all microbatches together. The gradient has None
+        where nothing is trained.
     """
+    trained, frozen = partition(params, trains)
 
-    def total(params, microbatch):
-        loss, metrics = loss_fn(params, microbatch)
+    def total(trained, microbatch):
+        loss, metrics = loss_fn(combine(trained, frozen), microbatch)
         return loss.total, (loss.weight, metrics)
 
     gradient_of_total = jax.value_and_grad(total, has_aux=True)
 
     def one(microbatch):
-        (loss, (weight, metrics)), gradient = gradient_of_total(params, microbatch)
+        (loss, (weight, metrics)), gradient = gradient_of_total(trained, microbatch)
         return WeightedMean(loss, weight), metrics, gradient
 
     at = lambda i: jax.tree.map(lambda x: x[i], batch)

@@ -14,22 +14,58 @@ _WHOLE_LOGITS = 2**27
 _BLOCK_LOGITS = 2**25
 
 
+VISUAL = (
+    "visual_index",
+    "patches",
+    "patch_coords",
+    "patch_grids",
+    "patch_segments",
+    "patch_windows",
+    "features",
+    "deep_features",
+)
+"""Arrays of a batch that are about images and videos; see `Model.forward`."""
+
+
+def visual_of(rows: dict[str, Array]) -> dict[str, Array] | None:
+    """What rows show; None for text alone."""
+    return {name: rows[name] for name in VISUAL if name in rows} or None
+
+
 def model_logprobs(
     model: Model,
     params: Params,
     tokens: Int[Array, "B T"],
     *,
-    positions: Int[Array, "B T"],
+    positions: Int[Array, "B T"] | Int[Array, "B T 3"],
     segment_ids: Int[Array, "B T"],
     temperature: float,
     chunk_size: int | None,
+    visual: dict[str, Array] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`chunked_token_logprobs` of a model on rows of tokens: `(logprobs, entropy)`.
 
     Without a `chunk_size` all logits exist at once if that takes no more than 512 MiB in float32,
     and otherwise as many as make 128 MiB.
     """
-    hidden = model.forward(params, tokens, positions=positions, segment_ids=segment_ids)
+    hidden = model.forward(
+        params, tokens, positions=positions, segment_ids=segment_ids, visual=visual
+    )
+    return hidden_logprobs(
+        model, params, hidden, tokens, temperature=temperature, chunk_size=chunk_size
+    )
+
+
+def hidden_logprobs(
+    model: Model,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    *,
+    temperature: float,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`model_logprobs` from hidden states."""
     head = model.unembedding(params)
     chunk_size = _chunk_size(chunk_size, tokens, head)
     return chunked_token_logprobs(
@@ -54,7 +90,7 @@ def target_logprobs(
         model: the model.
         params: its parameters.
         rows: `tokens, positions, segment_ids, branch_ids` [R, T] and `targets, sources,
-            completion_mask` [R, M].
+            completion_mask` [R, M]; for a model that sees, also what `Model.forward` reads.
         temperature: logits are divided by it.
         chunk_size: as in `model_logprobs`.
     """
@@ -64,6 +100,7 @@ def target_logprobs(
         positions=rows["positions"],
         segment_ids=rows["segment_ids"],
         branch_ids=rows["branch_ids"],
+        visual=visual_of(rows),
     )
     states = jnp.take_along_axis(hidden, rows["sources"][..., None], axis=1)
     head, targets = model.unembedding(params), rows["targets"]
@@ -86,14 +123,14 @@ def make_batch_logprobs(
     training where sampling had others. Microbatches that hold nothing cost nothing.
     """
     names = ("tokens", "positions", "segment_ids", "branch_ids")
-    names = (*names, "targets", "sources", "completion_mask")
+    names = (*names, "targets", "sources", "completion_mask", *VISUAL)
 
     def batch_logprobs(params, batch):
         def one(i, found):
             logprobs, _ = target_logprobs(
                 model,
                 params,
-                {name: batch[name][i] for name in names},
+                {name: batch[name][i] for name in names if name in batch},
                 temperature=temperature,
                 chunk_size=logprob_chunk_size,
             )

@@ -14,7 +14,7 @@ from jaxrl_reason.losses import LOSS_TYPES, kl_estimate
 from jaxrl_reason.models import Model
 from jaxrl_reason.steps.accumulate import Largest, value_and_grad
 from jaxrl_reason.steps.forward import target_logprobs
-from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
+from jaxrl_reason.steps.state import AnyOptimizer, Step, TrainState, apply_gradients, trains_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class PolicyObjective:
 
 def make_policy_step(
     model: Model,
-    optimizer: Optimizer,
+    optimizer: AnyOptimizer,
     objective: PolicyObjective,
     *,
     logprob_chunk_size: int | None,
@@ -114,6 +114,7 @@ def make_policy_step(
             lambda params, microbatch: loss_fn(params, microbatch, options),
             state.params,
             {**batch, "key": keys},
+            trains=trains_of(optimizer),
             extra_weight=_dropped_weight(objective, batch),
         )
         state, update = apply_gradients(state, loss, gradient, optimizer)

@@ -11,8 +11,8 @@ from jaxrl_reason.arrays import WeightedMean, masked_sum
 from jaxrl_reason.losses import LENGTH_NORMALIZED, PREFERENCE_LOSSES, preference_metrics
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.steps.accumulate import value_and_grad
-from jaxrl_reason.steps.forward import model_logprobs
-from jaxrl_reason.steps.state import Optimizer, Step, TrainState, apply_gradients
+from jaxrl_reason.steps.forward import VISUAL, model_logprobs, visual_of
+from jaxrl_reason.steps.state import AnyOptimizer, Step, TrainState, apply_gradients, trains_of
 
 
 def pair_logprobs(
@@ -21,9 +21,9 @@ def pair_logprobs(
     """Sequence log-probs of chosen and rejected completions, and their lengths in tokens.
 
     The batch holds `tokens, positions, segment_ids, completion_mask`, each `[B, 2, T]` with the
-    chosen row first.
+    chosen row first, and likewise what `Model.forward` reads of images.
     """
-    rows = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in _ROWS}
+    rows = {name: x.reshape(-1, *x.shape[2:]) for name, x in batch.items() if name in _ROWS}
     logprobs, _ = model_logprobs(
         model,
         params,
@@ -32,6 +32,7 @@ def pair_logprobs(
         segment_ids=rows["segment_ids"],
         temperature=1.0,
         chunk_size=logprob_chunk_size,
+        visual=visual_of(rows),
     )
     mask: Bool[Array, "R T"] = rows["completion_mask"]
     pairs = batch["tokens"].shape[:2]
@@ -39,7 +40,7 @@ def pair_logprobs(
     return sums, jnp.sum(mask.astype(jnp.int32), axis=-1).reshape(pairs)
 
 
-_ROWS = ("tokens", "positions", "segment_ids", "completion_mask")
+_ROWS = ("tokens", "positions", "segment_ids", "completion_mask", *VISUAL)
 
 
 def needs_reference(loss_type: Iterable[str]) -> bool:
@@ -49,7 +50,7 @@ def needs_reference(loss_type: Iterable[str]) -> bool:
 
 def make_preference_step(
     model: Model,
-    optimizer: Optimizer,
+    optimizer: AnyOptimizer,
     *,
     loss_type: tuple[str, ...],
     loss_weights: tuple[float, ...],
@@ -99,7 +100,9 @@ def make_preference_step(
         return WeightedMean(jnp.sum(losses), count), metrics
 
     def step(state: TrainState, batch: dict[str, Array]):
-        loss, gradient, metrics = value_and_grad(loss_fn, state.params, batch)
+        loss, gradient, metrics = value_and_grad(
+            loss_fn, state.params, batch, trains=trains_of(optimizer)
+        )
         state, update = apply_gradients(state, loss, gradient, optimizer)
         return state, {**metrics, **update}
 

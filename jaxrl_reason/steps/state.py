@@ -10,15 +10,34 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxrl_reason.models import Params
+from jaxrl_reason.steps.trained import Trains, combine, everything, partition
 
 Metrics = dict[str, Array]
-Optimizer = optax.GradientTransformation
+
+
+class Optimizer(NamedTuple):
+    """An Optax transformation of the parameters that are trained; it sees no others."""
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    trains: Trains = everything
+    """Which they are."""
+
+
+AnyOptimizer = Optimizer | optax.GradientTransformation
+"""A plain Optax transformation trains every parameter."""
+
+
+def trains_of(optimizer: AnyOptimizer) -> Trains:
+    """Which parameters an optimiser trains."""
+    return optimizer.trains if isinstance(optimizer, Optimizer) else everything
 
 
 class TrainState(NamedTuple):
     """All that an update reads and writes; random draws derive from a run key and the step."""
 
     params: Params
+    """All of them, also those that are not trained."""
     opt_state: optax.OptState
     step: Int[Array, ""]
     """Updates so far, skipped ones included."""
@@ -43,7 +62,7 @@ class OptimizerConfig:
     adam_epsilon: float = 1e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled decay of matrices; norms' scales are exempt."""
+    """Decoupled decay of matrices; norms' scales and biases are exempt."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
 
@@ -79,15 +98,20 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     return optax.join_schedules([rise, course], [warmup])
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
-    """AdamW as configured for a run of `total_steps` updates."""
+def make_optimizer(
+    config: OptimizerConfig, total_steps: int, trains: Trains = everything
+) -> Optimizer:
+    """AdamW as configured for a run of `total_steps` updates of the parameters that `trains` names.
+
+    Norm, clipping and moments are those of the trained parameters alone.
+    """
 
     def decayed(params: Params):
-        # Norms' scales are the vectors, stacked over layers or not; everything else is a matrix.
-        is_scale = lambda path, _: path[-1].key == "scale"
-        return jax.tree_util.tree_map_with_path(lambda path, p: not is_scale(path, p), params)
+        # The vectors, stacked over layers or not; everything else is a matrix.
+        is_vector = lambda path: path[-1].key in ("scale", "bias")
+        return jax.tree_util.tree_map_with_path(lambda path, _: not is_vector(path), params)
 
-    return optax.chain(
+    adamw = optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
             learning_rate_schedule(config, total_steps),
@@ -98,47 +122,70 @@ def make_optimizer(config: OptimizerConfig, total_steps: int) -> Optimizer:
             mask=decayed,
         ),
     )
+    return Optimizer(adamw.init, adamw.update, trains)
 
 
-def init_state(params: Params, optimizer: Optimizer) -> TrainState:
-    """A state before its first update. Run under `jax.jit` with `state_shardings`."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+def init_state(params: Params, optimizer: AnyOptimizer) -> TrainState:
+    """A state before its first update. Run under `jax.jit` with `state_shardings`.
+
+    Raises:
+        ValueError: the optimiser trains none of the parameters.
+    """
+    trained, _ = partition(params, trains_of(optimizer))
+    if not jax.tree.leaves(trained):
+        raise ValueError(
+            "no parameter is trained: those that the optimiser names, such as adapters, are not in "
+            f"the tree; its parts are {', '.join(sorted(params))}"
+        )
+    return TrainState(params, optimizer.init(trained), jnp.zeros((), jnp.int32))
 
 
 def state_shardings(
-    params_shapes, optimizer: Optimizer, params_shardings, replicated
+    params_shapes, optimizer: AnyOptimizer, params_shardings, replicated
 ) -> TrainState:
     """Shardings of a state: moments lie as their parameters do, scalars are replicated."""
-    shapes = jax.eval_shape(optimizer.init, params_shapes)
+    trained, _ = partition(params_shapes, trains_of(optimizer))
+    places, _ = partition(params_shardings, trains_of(optimizer))
+    shapes = jax.eval_shape(optimizer.init, trained)
     moments = optax.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
         shapes,
-        params_shardings,
+        places,
         transform_non_params=lambda _: replicated,
     )
     return TrainState(params_shardings, moments, replicated)
 
 
 def apply_gradients(
-    state: TrainState, loss: Array, gradients: Params, optimizer: Optimizer
+    state: TrainState, loss: Array, gradients: Params, optimizer: AnyOptimizer
 ) -> tuple[TrainState, Metrics]:
     """One update; a non-finite loss or gradient leaves parameters and moments as they were.
+
+    Parameters that are not trained are those of the old state, so that under donation they stay
+    where they are.
+
+    Args:
+        state: before the update.
+        loss: to be checked and reported.
+        gradients: of the trained parameters, as `value_and_grad` gives them.
+        optimizer: that the state was made for.
 
     Returns:
         The new state and `loss`, `grad_norm` (before clipping), `nonfinite_steps` (0 or 1).
     """
+    old, frozen = partition(state.params, trains_of(optimizer))
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     # Optax raises decays to an integer count, which strict dtype promotion would refuse.
     with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, old)
+    new = optax.apply_updates(old, updates)
     keep = lambda new, old: jnp.where(finite, new, old)
-    params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+    new, opt_state = jax.tree.map(keep, (new, opt_state), (old, state.opt_state))
     skipped = 1.0 - finite.astype(jnp.float32)
     metrics = {"loss": loss, "grad_norm": norm, "nonfinite_steps": skipped}
-    return TrainState(params, opt_state, state.step + 1), metrics
+    return TrainState(combine(new, frozen), opt_state, state.step + 1), metrics
 
 
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, Metrics]]

@@ -3,6 +3,7 @@
 A task turns (seed, split, index, difficulty) into a `Problem`, writes a solver's trace for it and
 verifies a text against it. The split of a problem is a property of the problem itself (a stable
 hash of its canonical form), so no seed, index or option can put one problem into both splits.
+A problem is text and JSON; what there is to see is rendered from it by a `VisualTask`.
 """
 
 import functools
@@ -10,9 +11,12 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
 
 from jaxrl_reason.errors import InputError
 
@@ -48,13 +52,40 @@ class Verdict:
     """The judgement of one completion; `correct` implies `formatted`.
 
     `answer` is None unless the text has the format and an answer of the right kind, so that
-    (formatted, answer is None) tells an unusable answer from a wrong one.
+    (formatted, answer is None) tells an unusable answer from a wrong one. `grade` is set where an
+    answer can be partly right: a number from 0 to 1, of which the task says from where on it
+    counts as correct.
     """
 
     correct: bool
     formatted: bool
     answer: str | None
     reason: str
+    grade: float | None = None
+
+    @property
+    def score(self) -> float:
+        """The grade, or 1 for correct and 0 for wrong where there is none."""
+        return float(self.correct) if self.grade is None else self.grade
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Video:
+    """Frames in order; frame `i` is what is seen at `i / fps` seconds."""
+
+    frames: UInt8[np.ndarray, "F H W 3"]
+    fps: float
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Media:
+    """What the user's turn shows before its text: first the images, then the videos, in order.
+
+    The text has no placeholders for them.
+    """
+
+    images: tuple[UInt8[np.ndarray, "H W 3"], ...] = ()
+    videos: tuple[Video, ...] = ()
 
 
 class Task(Protocol):
@@ -82,6 +113,20 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class VisualTask(Protocol):
+    """What a task has besides `Task` when its questions are about images or videos."""
+
+    def media(self, problem: Problem) -> Media:
+        """What belongs before the prompt; the same bits whenever and wherever it is called."""
+        ...
+
+
+def media_of(task: Task, problem: Problem) -> Media:
+    """What a problem shows; nothing for a task of text alone."""
+    return task.media(problem) if isinstance(task, VisualTask) else Media()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """A completion taken apart; `answer` is None unless the format is right."""
@@ -97,6 +142,18 @@ class Candidate:
     canonical: str
     split: Split
     content: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A proposal of which only the split is known, for tasks in which the rest takes its time.
+
+    `finish` makes the candidate, or None when it has to be rejected after all; it may go on
+    drawing from the generator that `propose` was given.
+    """
+
+    split: Split
+    finish: Callable[[], Candidate | None]
 
 
 class Proposer(Protocol):
@@ -116,7 +173,7 @@ class Proposer(Protocol):
         """Difficulties that are mixed when none is asked for."""
         ...
 
-    def propose(self, rng: random.Random, difficulty: int) -> Candidate | None:
+    def propose(self, rng: random.Random, difficulty: int) -> Candidate | Draft | None:
         """One random problem, or None when the draw has to be rejected."""
         ...
 
@@ -180,8 +237,11 @@ def _stream(
 
 def _next_in_split(task: Proposer, split: Split, rng: random.Random, difficulty: int) -> Candidate:
     for _ in range(_PROPOSALS):
-        candidate = task.propose(rng, difficulty)
-        if candidate is not None and candidate.split == split:
+        proposal = task.propose(rng, difficulty)
+        if proposal is None or proposal.split != split:
+            continue
+        candidate = proposal.finish() if isinstance(proposal, Draft) else proposal
+        if candidate is not None:
             return candidate
     raise InputError(
         f"task {task.name!r} has no {split} problem of difficulty {difficulty} with these options; "
@@ -241,6 +301,18 @@ def check_rate(name: str, value: Any, *, low: float = 0.0, high: float = 1.0) ->
     """Refuse an option that is not a number in `low..high`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise InputError(f"{name}={value!r} must be a number from {low} to {high}")
+
+
+def check_names(
+    name: str, value: Any, allowed: Iterable[str], *, least: int = 1, repeats: bool = False
+) -> None:
+    """Refuse an option that is not a tuple of at least `least` of the allowed names."""
+    known = tuple(allowed)
+    fits = isinstance(value, tuple) and all(entry in known for entry in value)
+    if not fits or len(set(value)) < least:
+        raise InputError(f"{name}={value!r} must name at least {least} of {', '.join(known)}")
+    if len(set(value)) < len(value) and not repeats:
+        raise InputError(f"{name}={value!r} names one of them twice; name each once")
 
 
 def check_place(split: str, index: int) -> None:

@@ -8,9 +8,13 @@ from jaxrl_reason.errors import InputError, nearest
 from jaxrl_reason.tasks.arithmetic import ModularArithmetic
 from jaxrl_reason.tasks.countdown import Countdown
 from jaxrl_reason.tasks.knights_knaves import KnightsKnaves
+from jaxrl_reason.tasks.moving_shapes import MovingShapes
 from jaxrl_reason.tasks.problem import Task
+from jaxrl_reason.tasks.shapes import Shapes
 
-TASKS: dict[str, type] = {task.name: task for task in (ModularArithmetic, Countdown, KnightsKnaves)}
+TASKS: dict[str, type] = {
+    task.name: task for task in (ModularArithmetic, Countdown, KnightsKnaves, Shapes, MovingShapes)
+}
 
 
 def make_task(name: str, options: Mapping[str, Any]) -> Task:

@@ -23,7 +23,7 @@ from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.policy_config import GRPOConfig, MORLConfig
 from jaxrl_reason.stages.sample import SampleConfig
 from jaxrl_reason.stages.stage_config import DPOConfig, SFTConfig
-from jaxrl_reason.tasks import Countdown, KnightsKnaves, ModularArithmetic
+from jaxrl_reason.tasks import Countdown, KnightsKnaves, ModularArithmetic, MovingShapes, Shapes
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"(<!-- options (\S+) -->\n).*?(<!-- end of options -->)", re.DOTALL)
@@ -38,6 +38,8 @@ class _Dataclasses(Config):
     arithmetic: ModularArithmetic
     countdown: Countdown
     knights_knaves: KnightsKnaves
+    shapes: Shapes
+    moving_shapes: MovingShapes
 
 
 def pages() -> list[Path]:

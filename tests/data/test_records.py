@@ -120,7 +120,7 @@ def test_a_missing_file_is_answered_with_its_neighbours(tmp_path):
     folder.mkdir()
     assert refused(load_records, folder) == f"{folder} is a directory; give a file"
     text = write(tmp_path, "a", "rows.txt")
-    assert refused(load_records, text).startswith(f"{text}: give a .jsonl or .parquet file, or a")
+    assert refused(load_records, text).startswith(f"{text}: give a .jsonl, .json or .parquet")
     assert "no such file" in refused(load_records, tmp_path / "none" / "rows.parquet")
 
 

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_reason.models import Model, ModelConfig, attention_rows
-from jaxrl_reason.models.attention import attend, row_mask
+from jaxrl_reason.models.attention import Window, attend, row_mask
 from jaxrl_reason.models.attention_blockwise import BLOCK, attend_blocks, plan_blocks
 from jaxrl_reason.models.attention_cudnn import attend_cudnn, plan_cudnn
 from jaxrl_reason.models.attention_rows import choose_backend, row_attention
@@ -51,6 +51,16 @@ def ragged(length, rows=3, seed=0):
     return segments, branches
 
 
+def places(segments, branches):
+    """The position of every token along its trunk and branch; 0 at padding."""
+    positions = np.zeros_like(segments)
+    for row, (of_row, in_row) in enumerate(zip(segments, branches, strict=True)):
+        for slot in np.flatnonzero(of_row):
+            before = (of_row[:slot] == of_row[slot]) & np.isin(in_row[:slot], (0, in_row[slot]))
+            positions[row, slot] = before.sum()
+    return positions
+
+
 def real(segments, like):
     """1 at documents and 0 at padding, to multiply [B T N H] or [B T D] with."""
     return jnp.asarray(segments > 0, like.dtype).reshape(*segments.shape, *[1] * (like.ndim - 2))
@@ -67,8 +77,13 @@ def sees(segments, branches, q, k):
     return k <= q and segments[k] == segments[q] and branches[k] in (0, branches[q])
 
 
-def oracle(segments, branches, queries, keys, values, gradient):
+def close(positions, q, k, reach):
+    return positions[q] - positions[k] < reach
+
+
+def oracle(segments, branches, queries, keys, values, gradient, reach=None):
     """Output and gradients by loops over rows, heads and queries, in NumPy and float64."""
+    positions = places(segments, branches)
     rows, length, heads, width = queries.shape
     group = heads // keys.shape[2]
     out, dq = np.zeros(queries.shape), np.zeros(queries.shape)
@@ -76,6 +91,7 @@ def oracle(segments, branches, queries, keys, values, gradient):
     for b in range(rows):
         for t in range(length):
             seen = [s for s in range(t + 1) if sees(segments[b], branches[b], t, s)]
+            seen = seen if reach is None else [s for s in seen if close(positions[b], t, s, reach)]
             for n in range(heads):
                 m = n // group
                 k, v, g = keys[b, seen, m], values[b, seen, m], gradient[b, t, n]
@@ -98,9 +114,11 @@ def value_and_gradients(function, queries, keys, values, gradient):
     return run(queries, keys, values, gradient)
 
 
-def functions(segments, branches):
+def functions(segments, branches, reach=None):
     """Every backend as a function of queries, keys and values, to run on a CPU."""
-    ids = jnp.asarray(segments), jnp.asarray(branches)
+    ids = [jnp.asarray(segments), jnp.asarray(branches)]
+    if reach is not None:
+        ids.append(Window(jnp.asarray(places(segments, branches)), reach))
     return {
         "plain": lambda q, k, v: attend(q, k, v, row_mask(*ids)),
         "blockwise": lambda q, k, v: attend_blocks(q, k, v, plan_blocks(*ids)),
@@ -123,25 +141,26 @@ def test_the_ragged_rows_of_these_tests_hold_what_they_should():
 
 
 @pytest.mark.parametrize("name", ["plain", "blockwise"])
-@pytest.mark.parametrize("length", [7, 150])
-def test_backend_equals_loops_in_float64(name, length):
+@pytest.mark.parametrize(("length", "reach"), [(7, None), (150, None), (150, 9)])
+def test_backend_equals_loops_in_float64(name, length, reach):
     segments, branches = ragged(length)
     with jax.enable_x64(True):
         given = arrays(length, dtype=np.float64)
         documents = real(segments, given[-1])
         given[-1] = given[-1] * documents
-        wanted = oracle(segments, branches, *map(np.asarray, given))
-        out, gradients = value_and_gradients(functions(segments, branches)[name], *given)
+        wanted = oracle(segments, branches, *map(np.asarray, given), reach)
+        out, gradients = value_and_gradients(functions(segments, branches, reach)[name], *given)
         assert_close((out * documents, gradients), (wanted[0] * documents, wanted[1]), 1e-10)
 
 
+@pytest.mark.parametrize("reach", [None, 17])
 @pytest.mark.parametrize(("name", "length"), [("blockwise", 150), ("cudnn", 150), ("splash", 270)])
-def test_backend_equals_the_plain_one(name, length):
+def test_backend_equals_the_plain_one(name, length, reach):
     segments, branches = ragged(length)
     given = arrays(length)
     documents = real(segments, given[-1])
     given[-1] = given[-1] * documents
-    every = functions(segments, branches)
+    every = functions(segments, branches, reach)
     out, gradients = value_and_gradients(every[name], *given)
     wanted = value_and_gradients(every["plain"], *given)
     assert_close((out * documents, gradients), (wanted[0] * documents, wanted[1]), 1e-5)
@@ -184,6 +203,13 @@ def test_the_plan_of_a_prompt_with_completions_skips_the_other_completions():
     branches = jnp.asarray(np.repeat(np.arange(9), lengths))[None]
     # Each of 8 completions: 2 blocks that see the prompt, 3 pairs within itself; the prompt itself.
     assert plan_blocks(jnp.ones_like(branches), branches).count.tolist() == [8 * (2 + 3) + 1]
+
+
+def test_the_plan_of_a_window_skips_blocks_that_lie_further_back():
+    segments = jnp.ones((1, 6 * BLOCK), jnp.int32)
+    window = Window(jnp.arange(6 * BLOCK, dtype=jnp.int32)[None], BLOCK)
+    # Every block sees itself and the one before.
+    assert plan_blocks(segments, None, window).count.tolist() == [6 + 5]
 
 
 def test_bfloat16_rounds_about_as_the_plain_backend_does():
@@ -287,7 +313,7 @@ def test_a_backend_runs_within_a_shard_map_of_the_caller(mesh8):
     @jax.jit
     @jax.shard_map(in_specs=rows, out_specs=rows, check_vma=False)
     def run(queries, keys, values, segments, branches):
-        return row_attention(config, segments, branches)(queries, keys, values)
+        return row_attention(config, segments, branches)(False)(queries, keys, values)
 
     with jax.set_mesh(mesh8):
         got = run(*given, jnp.asarray(segments), jnp.asarray(branches))

@@ -12,11 +12,15 @@ from jaxrl_reason.models import (
     Model,
     ModelConfig,
     PageTable,
+    Place,
     empty_pages,
     preset,
     write_contexts,
 )
+from jaxrl_reason.models.config import RopeScaling
 from jaxrl_reason.models.layers import project
+from jaxrl_reason.models.lora import LoRAConfig, merge_lora, without_adapter
+from jaxrl_reason.models.rotary import frequencies, mrope_axes, rotation
 
 TINY = ModelConfig(
     vocab_size=40,
@@ -82,6 +86,7 @@ def paged(model, params, contexts, following, size=4, unstack=False):
         context_tokens=jnp.clip(
             jnp.asarray((lengths[:, None] - np.arange(each) * size).reshape(-1)), 0, size
         ),
+        context_numbers=jnp.tile(jnp.arange(each, dtype=jnp.int32), count),
         owners=jnp.tile(jnp.arange(rows), own),
         numbers=jnp.repeat(jnp.arange(own), rows),
         of_row=jnp.asarray(of_row).reshape(rows, width),
@@ -98,11 +103,13 @@ def paged(model, params, contexts, following, size=4, unstack=False):
             model,
             params,
             following[:, t],
-            positions=jnp.asarray(np.tile(lengths, readers) + t, jnp.int32),
             pages=pages,
             table=table._replace(writing=jnp.asarray(writing)),
-            before=jnp.full(rows, t, jnp.int32),
-            boundary=jnp.full(rows, number * size, jnp.int32),
+            place=Place(
+                jnp.asarray(np.tile(lengths, readers) + t, jnp.int32),
+                jnp.full(rows, t, jnp.int32),
+                jnp.full(rows, number * size, jnp.int32),
+            ),
         )
         hidden.append(state)
     return jnp.stack(hidden, axis=1)
@@ -118,6 +125,91 @@ def test_tokens_read_from_pages_give_the_full_forward(lengths):
         whole = jnp.asarray([[*contexts[row % 2], *following[row].tolist()]])
         full = run(model, params, whole)
         np.testing.assert_allclose(read[row], full[0, -7:], atol=2e-5)
+
+
+MIXED = dataclasses.replace(
+    TINY,
+    sliding_window=4,
+    layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+    rope_local_theta=100.0,
+    qkv_bias=True,
+    query_pre_attn_scalar=5.0,
+    sandwich_norms=True,
+    rms_norm_offset=True,
+    scale_embeddings=True,
+    hidden_act="gelu_tanh",
+    tie_word_embeddings=False,
+)
+
+
+@pytest.mark.parametrize("lengths", [(6, 6), (8, 3), (1, 9)])
+def test_sliding_layers_read_from_pages_what_lies_in_their_window(lengths):
+    model, params = make(MIXED)
+    contexts = [tokens_of(n, seed=n, batch=1)[0].tolist() for n in lengths]
+    following = tokens_of(7, 5, batch=6)
+    read = paged(model, params, contexts, following)
+    for row in range(6):
+        whole = jnp.asarray([[*contexts[row % 2], *following[row].tolist()]])
+        full = run(model, params, whole)
+        np.testing.assert_allclose(read[row], full[0, -7:], atol=5e-5)
+
+
+def test_a_window_hides_what_lies_further_back():
+    config = dataclasses.replace(TINY, sliding_window=3, num_hidden_layers=1)
+    model, params = make(config)
+    tokens = tokens_of(9)
+    changed = tokens.at[:, 2].set((tokens[:, 2] + 1) % 40)
+    a, b = run(model, params, tokens), run(model, params, changed)
+    differs = np.asarray(jnp.max(jnp.abs(a - b), axis=(0, 2)) > 1e-6)
+    assert differs.tolist() == [False] * 2 + [True] * 3 + [False] * 4
+
+
+@pytest.mark.parametrize("name", ["linear", "llama3"])
+def test_stretched_frequencies(name):
+    scaling = RopeScaling(
+        rope_type=name,
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=64,
+    )
+    plain = frequencies(TINY)
+    got = frequencies(dataclasses.replace(TINY, rope_scaling=scaling))
+    if name == "linear":
+        np.testing.assert_allclose(got, plain / 8, rtol=1e-6)
+        return
+    waves = 2 * np.pi / plain
+    assert (waves < 16).any()
+    assert (waves > 64).any()
+    np.testing.assert_allclose(got[waves < 16], plain[waves < 16], rtol=1e-6)
+    np.testing.assert_allclose(got[waves > 64], plain[waves > 64] / 8, rtol=1e-6)
+
+
+def test_tokens_with_three_equal_positions_turn_as_with_one():
+    for interleaved in (False, True):
+        config = dataclasses.replace(TINY, mrope_section=(2, 1, 1), mrope_interleaved=interleaved)
+        one = jnp.asarray([[0, 1, 5]])
+        three = jnp.stack([one] * 3, axis=-1)
+        for a, b in zip(rotation(config, one), rotation(config, three), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert sorted(mrope_axes(config).tolist()) == [0, 0, 1, 2]
+    assert mrope_axes(config).tolist() == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match="mrope_section"):
+        rotation(TINY, three)
+
+
+def test_an_adapter_acts_where_its_parameters_are_given():
+    lora = LoRAConfig(r=2, lora_alpha=6.0, target_modules=("q_proj", "o_proj", "down_proj"))
+    model, params = make(dataclasses.replace(TINY, lora=lora))
+    plain, tokens = Model(TINY), tokens_of(6)
+    attention = params["layers"]["attention"]
+    assert sorted(attention["o"]) == ["kernel", "lora_a", "lora_b"]
+    assert sorted(attention["k"]) == ["kernel"]
+    off = run(model, without_adapter(params), tokens)
+    np.testing.assert_array_equal(off, run(plain, without_adapter(params), tokens))
+    on = run(model, params, tokens)
+    assert float(jnp.max(jnp.abs(on - off))) > 1e-2
+    np.testing.assert_allclose(on, run(plain, merge_lora(params, lora), tokens), atol=1e-5)
 
 
 def test_decoding_reads_layers_in_their_stack_or_out_of_it():

@@ -8,10 +8,24 @@ import re
 import pytest
 
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.tasks import TASKS, Problem, make_task, problem
+from jaxrl_reason.tasks import TASKS, Problem, VisualTask, make_task, media_of, problem
 
-OPTIONS = {"arithmetic": {}, "countdown": {}, "knights_knaves": {"min_people": 3, "max_people": 4}}
+OPTIONS = {
+    "arithmetic": {},
+    "countdown": {},
+    "knights_knaves": {"min_people": 3, "max_people": 4},
+    "shapes": {},
+    # So that only the expected interval is correct, as with the answers of the other tasks.
+    "moving_shapes": {"min_iou": 1.0},
+}
 STYLES = ("long", "short", "answer")
+
+
+def seen(task, entry):
+    """The pixels of a problem."""
+    media = media_of(task, entry)
+    arrays = (*media.images, *(video.frames for video in media.videos))
+    return b"".join(array.tobytes() for array in arrays)
 
 
 @pytest.fixture(params=sorted(TASKS))
@@ -30,7 +44,7 @@ def test_generation_is_deterministic(task):
         problem._test_block.cache_clear()
         again = [type(task)(**dataclasses.asdict(task)).generate(split, i) for i in range(20)]
         assert first == again
-        assert len({entry.prompt for entry in first}) == 20
+        assert len({(entry.prompt, seen(task, entry)) for entry in first}) == 20
     other = dataclasses.replace(task, seed=1)
     assert other.generate("train", 0) != task.generate("train", 0)
 
@@ -62,7 +76,13 @@ def test_traces_verify(task):
 
 
 def test_long_traces_back_track_and_lengths_are_ordered(task):
-    words = {"arithmetic": "wait", "countdown": "back to", "knights_knaves": "return to"}
+    words = {
+        "arithmetic": "wait",
+        "countdown": "back to",
+        "knights_knaves": "return to",
+        "shapes": " no ;",
+        "moving_shapes": " no ;",
+    }
     entries = [task.generate("train", index) for index in range(200)]
     long, short = ([task.trace(entry, style) for entry in entries] for style in STYLES[:2])
     share = sum(words[task.name] in text for text in long) / 200
@@ -96,6 +116,15 @@ def test_wrong_answers_and_broken_formats_are_not_correct(task):
             assert verdict.answer is None
         unusable = task.verify(entry, problem.write_completion("", "who knows"))
         assert (unusable.formatted, unusable.correct, unusable.answer) == (True, False, None)
+
+
+def test_media_are_the_same_bits_and_only_of_visual_tasks(task):
+    for index in range(5):
+        entry = task.generate("test", index)
+        read = Problem(**json.loads(json.dumps(dataclasses.asdict(entry))))
+        assert seen(task, read) == seen(task, entry)
+        assert bool(seen(task, entry)) == isinstance(task, VisualTask)
+        assert isinstance(task, VisualTask) == (task.name in ("shapes", "moving_shapes"))
 
 
 def test_problems_survive_json(task):
@@ -153,6 +182,25 @@ def test_unknown_names_are_errors():
         ("knights_knaves", "max_people", 9),
         ("knights_knaves", "max_people", 2),
         ("knights_knaves", "test_fraction", None),
+        ("shapes", "min_shapes", 1),
+        ("shapes", "max_shapes", 11),
+        ("shapes", "canvas_size", 28),
+        ("shapes", "canvas_size", 66),
+        ("shapes", "colours", ["red", "green"]),
+        ("shapes", "colours", ["red", "green", "pink"]),
+        ("shapes", "colours", ["red", "green", "blue", "red"]),
+        ("shapes", "shapes", ["circle", "square", "star"]),
+        ("shapes", "questions", []),
+        ("shapes", "questions", ["interval"]),
+        ("shapes", "test_fraction", 0),
+        ("moving_shapes", "max_shapes", 7),
+        ("moving_shapes", "frames", 11),
+        ("moving_shapes", "fps", 3),
+        ("moving_shapes", "fps", True),
+        ("moving_shapes", "canvas_size", 1024),
+        ("moving_shapes", "shapes", ["circle"]),
+        ("moving_shapes", "questions", "cause"),
+        ("moving_shapes", "min_iou", 0.0),
     ],
 )
 def test_bad_options_are_errors_that_name_them(name, option, value):
