@@ -73,6 +73,7 @@ DEFAULT_RULES = AxisRules(
         "router": None,
         "layers": None,
         "rank": None,
+        "patch": None,
     }
 )
 

@@ -161,6 +161,7 @@ class ModelConfig:
                 f"head_dim={self.head_dim}"
             )
         self._check_experts()
+        self._check_vision()
 
     def _check_layers(self) -> None:
         if self.sliding_window is not None and self.sliding_window < 1:
@@ -189,6 +190,21 @@ class ModelConfig:
         if self.moe_intermediate_size < 1:
             raise ValueError(
                 f"moe_intermediate_size={self.moe_intermediate_size} must be at least 1"
+            )
+
+    def _check_vision(self) -> None:
+        if self.vision is None:
+            return
+        if self.vision.out_hidden_size != self.hidden_size:
+            raise ValueError(
+                f"vision.out_hidden_size={self.vision.out_hidden_size} must be hidden_size="
+                f"{self.hidden_size}: features stand in the place of embeddings"
+            )
+        levels = len(self.vision.deepstack_visual_indexes)
+        if levels > self.num_hidden_layers:
+            raise ValueError(
+                f"vision.deepstack_visual_indexes has {levels} entries for "
+                f"num_hidden_layers={self.num_hidden_layers}"
             )
 
     @property
