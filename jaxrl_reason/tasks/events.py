@@ -35,6 +35,7 @@ _EFFECTS = {"turn": 3, "push": 3, "vanish": 2, "nothing": 2}  # of a hit, with t
 _STEPS = {**_EFFECTS, "free move": 3, "free turn": 3, "free vanish": 1}
 _LATE = 0.25  # share of shapes after the first that appear in the course of the film
 _CHAIN = 0.7  # how often a pushed shape that can hit another is made to
+_BESIDE = 0.7  # how often what has no cause happens at the time of a hit, if it can
 _REST = 2  # least frames between the ends of a shape's event and the start of its next
 _AFTER_HIT = 3  # the same after a hit
 _TRIES = 12  # times a step of some kind is tried before another kind is
@@ -119,9 +120,15 @@ def _places(rng: random.Random, looks: Sequence[Look], size: int) -> list[tuple[
 
 
 def go_on(rng: random.Random, plan: Plan) -> Plan:
-    """What happens to the shapes: two steps or a few more, as far as there is room and time."""
-    for _ in range(rng.randint(2, len(plan.bodies) + 1)):
-        kind = rng.choices(list(_STEPS), list(_STEPS.values()))[0]
+    """What happens to the shapes: two steps or a few more, as far as there is room and time.
+
+    In half of the films hits are planned first, so that events without a cause can be put beside
+    them.
+    """
+    kinds = rng.choices(list(_STEPS), list(_STEPS.values()), k=rng.randint(2, len(plan.bodies) + 1))
+    if rng.random() < 0.5:
+        kinds.sort(key=lambda kind: kind not in _EFFECTS)
+    for kind in kinds:
         for _ in range(_TRIES):
             step = _step(rng, plan, kind)
             if step is not None and _is_clear(step, plan):
@@ -172,10 +179,10 @@ def _step(rng: random.Random, plan: Plan, kind: str) -> Plan | None:
 
 
 def _start(rng: random.Random, plan: Plan, number: int) -> int:
-    """A frame to begin something in, every second time one in which another shape is hit."""
+    """A frame to begin something in, more often than not one in which another shape is hit."""
     ready = plan.ready[number]
     hits = [event.end for event in plan.events if event.verb == "hits" and event.end >= ready]
-    if hits and rng.random() < 0.5:
+    if hits and rng.random() < _BESIDE:
         return rng.choice(hits)
     return ready + rng.randint(0, plan.frames // 4)
 

@@ -67,7 +67,8 @@ class Question:
 def ask(rng: random.Random, form: str, facts: Sequence[Fact]) -> Question | None:
     """A question of a form with one answer; None if there is none about these facts.
 
-    Half of the questions about intervals are about moves, which take longest.
+    Half of the questions about intervals are about moves, which take longest. One about something
+    without a cause is about something that began when another shape was hit, if there is such.
     """
     once = [fact for fact in facts if sum(_same(fact, other) for other in facts) == 1]
     if form == "direction":
@@ -87,6 +88,8 @@ def ask(rng: random.Random, form: str, facts: Sequence[Fact]) -> Question | None
         fitting = [fact for fact in once if fact.verb == "hits"]
     elif form == "no cause":
         form, fitting = "cause", [f for f in once if f.verb in _CAUSED and f.cause == NO_CAUSE]
+        hits = [fact.time[1] for fact in facts if fact.verb == "hits"]
+        fitting = [fact for fact in fitting if fact.time[0] in hits] or fitting
     elif form == "cause":
         fitting = [f for f in once if f.cause != NO_CAUSE]
     else:

@@ -218,11 +218,20 @@ def texts(recorder: Recorder) -> None:
         recorder.add({**case, "size": sizes})
 
 
+def blending(recorder: Recorder) -> None:
+    """Shades 0, 5, ... 255 behind every alpha, on white."""
+    layers = np.zeros((52, 256, 4), np.uint8)
+    layers[..., :3] = np.arange(0, 256, 5)[:, None, None]
+    layers[..., 3] = np.arange(256)
+    rgb = Qwen2VLImageProcessor().process_image(layers, do_convert_rgb=True)
+    recorder.arrays["blended"] = rgb[0].numpy()
+
+
 def main() -> None:
     """Write the file."""
     torch.set_num_threads(1)
     recorder = Recorder()
-    for record in (images, videos, sampling, texts):
+    for record in (images, videos, sampling, texts, blending):
         record(recorder)
     TARGET.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(TARGET, meta=np.asarray(json.dumps(recorder.meta)), **recorder.arrays)

@@ -202,6 +202,20 @@ def test_frames_of_qwen2_5_vl_are_those_of_transformers():
     assert len(found) > 80
 
 
+def test_spans_of_qwen2_5_vl_are_rounded_as_by_torch():
+    torch = pytest.importorskip("torch")
+    sensitive = 0
+    for total in range(2, 60):
+        for count in range(2, total + 1, 2):
+            step = total / count
+            ours = sample_frames(total, DEFAULTS["qwen2_5_vl"], source_fps=None, num_frames=count)
+            # One more than asked for, at times, which is then behind the end.
+            theirs = torch.arange(0, total, step).int().numpy()
+            np.testing.assert_array_equal(ours, theirs[:count])
+            sensitive += bool((ours != (np.arange(count) * step).astype(np.int64)).any())
+    assert sensitive
+
+
 @pytest.mark.parametrize("case", [c for c in META["cases"] if c["kind"] == "text"])
 def test_text_is_expanded_as_by_transformers(case):
     config = small(case["family"], do_sample_frames=True, fps=2)
@@ -416,6 +430,16 @@ def test_modes_become_rgb_on_white():
     np.testing.assert_array_equal(load_image(encoded(clear)), wanted)
     palette = PIL.Image.fromarray(image).quantize(4)
     np.testing.assert_array_equal(load_image(palette), np.asarray(palette.convert("RGB")))
+
+
+def test_layers_blend_as_in_transformers():
+    layers = np.zeros((52, 256, 4), np.uint8)
+    layers[..., :3] = np.arange(0, 256, 5)[:, None, None]
+    layers[..., 3] = np.arange(256)
+    blended = load_image(layers)
+    assert blended.shape == (52, 256, 3)
+    for channel in range(3):
+        np.testing.assert_array_equal(blended[..., channel], GOLDEN["blended"])
 
 
 def test_a_photograph_is_turned_upright():

@@ -43,7 +43,7 @@ def stage_of(make_context, tiny, tmp_path):
 
 def texts(stage, examples):
     tokenizer = stage.context.tokenizer
-    return [(tokenizer.decode(prompt), tokenizer.decode(ids)) for prompt, ids in examples]
+    return [(tokenizer.decode(e.prompt), tokenizer.decode(e.completion)) for e in examples]
 
 
 # Demonstrations

@@ -112,7 +112,8 @@ def test_accuracy_is_the_probability_of_the_right_answers(four):
     result, _ = evaluate(context, params, config)
     assert 0.1 < result["accuracy"] < 0.9
     problems = [context.task.generate("test", i) for i in range(400)]
-    answers = [context.encode(p.prompt, context.task.trace(p, "answer")) for p in problems]
+    encode = context.encoder.demonstration
+    answers = [encode(p, context.task.trace(p, "answer")) for p in problems]
     batch = fill_rows([[answer] for answer in answers], 40, pad_id=0)
     logprobs, _ = model_logprobs(
         context.model,

@@ -1,6 +1,7 @@
 """Stages that train an adapter: no second model as reference, and the same bits after a restart."""
 
 import gc
+import itertools
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from jaxrl_reason import checkpoint
 from jaxrl_reason.models.lora import ADAPTER, trainable, without_adapter
-from jaxrl_reason.stages import dpo
+from jaxrl_reason.stages import dpo, pipeline
 from jaxrl_reason.stages.other_logprobs import OtherLogprobs, Reference
 from jaxrl_reason.stages.pipeline import plan
 from jaxrl_reason.stages.training import resume, stage_optimizer
@@ -106,13 +107,18 @@ def test_without_adapter_a_reference_is_a_whole_copy(stage):
         np.testing.assert_array_equal(x, y)
 
 
-def test_dpo_trains_the_adapter_alone_and_goes_on_in_the_same_bits(stage, tmp_path, monkeypatch):
-    path = tmp_path / "pairs.jsonl"
+def pairs_data(folder):
+    """The configuration of a file with pairs."""
+    path = folder / "pairs.jsonl"
     rows = [
         {"prompt": "a = 1 ?", "chosen": f"{i % 3}", "rejected": f"{(i + 1) % 3}"} for i in range(16)
     ]
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    data = {"kind": "file", "path": str(path)}
+    return {"kind": "file", "path": str(path)}
+
+
+def test_dpo_trains_the_adapter_alone_and_goes_on_in_the_same_bits(stage, tmp_path, monkeypatch):
+    data = pairs_data(tmp_path)
     made = stage("prefer", LORA, steps=3, save_steps=2, data=data)
     init = jax.device_get(made.parent_params())
     before, beside = live_bytes(), []
@@ -145,3 +151,29 @@ def test_dpo_trains_the_adapter_alone_and_goes_on_in_the_same_bits(stage, tmp_pa
         assert x.tobytes() == y.tobytes()
     # The reference has been let go when training begins.
     assert max(beside) < 256
+
+
+@pytest.mark.slow
+def test_every_kind_of_stage_trains_the_adapter_alone(make_context, tiny, tmp_path):
+    short = {
+        name: tiny["stages"][name] | {"steps": 2}
+        for name in ("cold", "prefer", "reason", "balance")
+    }
+    short["prefer"] |= {"loss_type": "sigmoid", "data": pairs_data(tmp_path)}
+    model = tiny["model"] | {"lora": LORA}
+    context = make_context(tmp_path, name="lora", model=model, stages=short)
+    rows = pipeline.run(context.config, say=lambda line: None)
+    assert [row["stage"] for row in rows] == ["init", *short]
+    steps = [
+        checkpoint.restore_params(context.directory / row["stage"], context.params_like)
+        for row in rows
+    ]
+    for before, after in itertools.pairwise(map(jax.device_get, steps)):
+        moved = 0
+        for (key, new), old in zip(
+            jax.tree_util.tree_leaves_with_path(after), jax.tree.leaves(before), strict=True
+        ):
+            same = new.tobytes() == old.tobytes()
+            assert same or key[-1].key in ADAPTER, key
+            moved += not same
+        assert moved >= 7

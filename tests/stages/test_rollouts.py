@@ -121,7 +121,11 @@ def rollouts(make_context, tiny, tmp_path, monkeypatch):
         config = stage.config
         context = stage.context
         judge = Judge(
-            context.task, context.tokenizer, config.rewards, max_completion_length=LONGEST
+            context.task,
+            context.tokenizer,
+            config.rewards,
+            stop_ids=context.stop_ids,
+            max_completion_length=LONGEST,
         )
         opened.append(Workers(judge, count))
         return Rollouts(stage, engine, judge, opened[-1], saved)
@@ -130,6 +134,10 @@ def rollouts(make_context, tiny, tmp_path, monkeypatch):
     for workers in opened:
         workers.close()
     sys.modules.pop("rewards_of_rollouts", None)
+
+
+def tokens_of(rollouts, problems):
+    return [prompt.tokens for prompt in rollouts._stage.context.prompts(problems)]
 
 
 def told(batch):
@@ -168,7 +176,7 @@ def test_completions_stand_with_their_prompts_and_rewards(rollouts):
     for step in range(2):
         batch = made.next(f"params {step}", step, Times())
         problems = made._stage.problems(step * PER_STEP, PER_STEP)
-        assert batch.rollout.prompts == made._stage.context.encode_prompts(problems)
+        assert batch.rollout.prompts == tokens_of(made, problems)
         read += batch.rollout.prompts
         for number, index in itertools.product(range(PER_STEP), range(GROUP)):
             row = number * GROUP + index
@@ -286,7 +294,7 @@ def test_a_batch_is_the_first_live_groups(rollouts, count, seed, max_batches, me
         groups, tried = expected_groups(drawn, number, max_batches * PER_STEP, wanted)
         assert [token - 10 for token in groups_of(batch)] == groups
         problems = made._stage.problems(read, tried)
-        prompts = made._stage.context.encode_prompts(problems)
+        prompts = tokens_of(made, problems)
         assert batch.rollout.prompts == [prompts[i] for i in groups]
         assert batch.metrics["num_gen_batches"] == tried / PER_STEP
         # None was started in vain: what is tried is all that was asked of the engine.
@@ -347,7 +355,7 @@ def test_a_batch_is_one_update_old_but_after_a_checkpoint(rollouts):
         assert batch.is_stale == (version < step)
         assert engine.sessions[step].params == f"params {version}"
         problems = made._stage.problems(step * PER_STEP, PER_STEP)
-        assert batch.rollout.prompts == made._stage.context.encode_prompts(problems)
+        assert batch.rollout.prompts == tokens_of(made, problems)
     assert len(engine.sessions) == 7
 
 

@@ -106,6 +106,7 @@ def judge_of(stage) -> Judge:
         stage.context.task,
         stage.context.tokenizer,
         config.rewards,
+        stop_ids=stage.context.stop_ids,
         max_completion_length=config.max_completion_length,
     )
 
@@ -231,11 +232,11 @@ def test_a_group_varies_where_a_reward_differs_between_completions_it_applies_to
 def test_completions_are_scored_with_their_own_problem(stage):
     """Right answers to problem i, given for problems i and i + 1, are right for i alone."""
     made = stage(accuracy=None, format=None, length=None)
-    problems, encode = made.problems(0, 16), made.context.encode
+    problems, encoder = made.problems(0, 16), made.context.encoder
     answer = lambda problem: f"<think> </think> <answer> {problem.answer} </answer>"
     follow = [*problems[1:], problems[0]]
     ids = [
-        encode(problem.prompt, answer(other))[1]
+        encoder.demonstration(problem, answer(other)).completion
         for problem, next in zip(problems, follow, strict=True)
         for other in (problem, next, problem)
     ]

@@ -1,0 +1,342 @@
+"""Runs of published models: text with an adapter, images, video; and back to transformers."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from jaxrl_reason import checkpoint
+from jaxrl_reason.cli import main
+from jaxrl_reason.config import validate
+from jaxrl_reason.data.vision import VisionRow
+from jaxrl_reason.models import Model
+from jaxrl_reason.models.convert import load_params
+from jaxrl_reason.models.lora import without_adapter
+from jaxrl_reason.sampling import Rollout, SamplingConfig, sample
+from jaxrl_reason.sharding import on_mesh
+from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.load import load
+from jaxrl_reason.stages.policy_rows import PolicyRows
+from jaxrl_reason.steps import make_batch_logprobs
+
+OPTIMIZER = {"learning_rate": 1.0e-2}
+REWARDS = [{"kind": "accuracy"}, {"kind": "overlong", "cache": 10, "weight": 0.5}]
+POLICY = {
+    "steps": 2,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "max_completion_length": 12,
+    "rewards": REWARDS,
+    "optimizer": OPTIMIZER,
+}
+PAIRS = [
+    {"prompt": f"{n} + 1 ?", "chosen": f"#### {n + 1}", "rejected": f"#### {n + 2}"}
+    for n in range(6)
+]
+ROWS = [{"question": f"What is {n} + 2?", "answer": f"Two more. #### {n + 2}"} for n in range(30)]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def run(folder, config):
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    assert main(["run", str(path), f"output_dir={folder}"]) == 0
+    return folder / config["name"]
+
+
+def text_run(folder, directory, **changes):
+    rows = write_rows(folder / "rows.jsonl", ROWS)
+    columns = {"prompt": "question", "completion": "answer"}
+    stages = {
+        "cold": {
+            "kind": "sft",
+            "steps": 2,
+            "batch_size": 2,
+            "max_length": 128,
+            "data": {"kind": "file", "path": rows, "columns": columns},
+            "optimizer": OPTIMIZER,
+        },
+        "prefer": {
+            "kind": "dpo",
+            "parent": "cold",
+            "steps": 2,
+            "batch_size": 2,
+            "max_length": 128,
+            "data": {"kind": "file", "path": write_rows(folder / "pairs.jsonl", PAIRS)},
+            "optimizer": OPTIMIZER,
+        },
+        "reason": {"kind": "grpo", "parent": "prefer", "beta": 0.1, **POLICY},
+        "balance": {
+            "kind": "morl",
+            "parent": "reason",
+            "aggregator_options": {"min_std": 0.01},
+            **POLICY,
+        },
+    }
+    return {
+        "name": "text",
+        "task": {
+            "name": "dataset",
+            "options": {"source": rows, "columns": {"prompt": "question"}, "test_fraction": 0.3},
+        },
+        "model": {"path": str(directory)},
+        "chat": {"system_prompt": "Put the answer after ####."},
+        "max_prompt_length": 100,
+        "evaluation": {"problems": 4, "max_completion_length": 12},
+        "stages": stages,
+        **changes,
+    }
+
+
+def visual_run(directory, task, **changes):
+    return {
+        "name": "visual",
+        "task": {"name": task},
+        "model": {"path": str(directory)},
+        "max_prompt_length": 500,
+        "max_visual_tokens": 64,
+        "evaluation": {"problems": 3, "max_completion_length": 12},
+        "stages": {
+            "cold": {
+                "kind": "sft",
+                "steps": 2,
+                "batch_size": 2,
+                "max_length": 700,
+                "data": {"kind": "traces", "num_examples": 6, "styles": {"answer": 1.0}},
+                "optimizer": OPTIMIZER,
+            },
+            "reason": {"kind": "grpo", "parent": "cold", "beta": 0.1, **POLICY},
+        },
+        **changes,
+    }
+
+
+def leaves(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def differences(folder, stage):
+    """Largest differences between the log-probs of sampling and of training, by step."""
+    lines = (folder / stage / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["sampling/sampling_logp_difference/max"] for line in lines]
+
+
+def logits(loaded, tokens):
+    model = loaded.context.model
+    ids = jnp.asarray([tokens], jnp.int32)
+    positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+    hidden = model.forward(loaded.params, ids, positions=positions, segment_ids=jnp.ones_like(ids))
+    return np.asarray(model.unembed(loaded.params, hidden))[0]
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_through_all_stages_and_out_again(directories, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    lora = {"r": 2, "lora_alpha": 4.0}
+    source = directories["qwen3"]
+    folder = run(tmp_path, text_run(tmp_path, source, model={"path": str(source), "lora": lora}))
+    assert max(differences(folder, "reason") + differences(folder, "balance")) < 1e-5
+    before = None
+    for stage in ("init", "cold", "prefer", "reason", "balance"):
+        loaded = load(folder / stage)
+        now = leaves(loaded.params)
+        base = leaves(load_params_of(loaded, source))
+        assert {name for name in now if "lora" not in name} == base.keys()
+        for name, value in base.items():
+            np.testing.assert_array_equal(now[name], value, err_msg=name)
+        if before is not None:
+            moved = [name for name in now if (now[name] != before[name]).any()]
+            assert moved
+            assert all("lora" in name for name in moved)
+        before = now
+    out = tmp_path / "exported"
+    assert main(["export", str(folder / "balance"), str(out)]) == 0
+    tokens = list(range(40, 60))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out)(torch.tensor([tokens])).logits[0]
+    np.testing.assert_allclose(logits(loaded, tokens), theirs.numpy(), atol=1e-4)
+    adapter = tmp_path / "adapter"
+    assert main(["export", str(folder / "balance"), str(adapter), "--adapter"]) == 0
+    assert (adapter / "adapter_model.safetensors").is_file()
+
+
+def load_params_of(loaded, source):
+    """The published parameters, without an adapter."""
+    shapes = without_adapter(loaded.params)
+    config = loaded.context.model.config
+    params = load_params(Model(dataclasses.replace(config, lora=None)), source)
+    assert jax.tree.structure(params) == jax.tree.structure(shapes)
+    return params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "task", "freeze"),
+    [
+        ("qwen2_5_vl", "shapes", ()),
+        ("qwen2_5_vl", "moving_shapes", ("vision",)),
+        ("qwen3_vl", "moving_shapes", ()),
+        ("qwen3_vl", "shapes", ("vision",)),
+    ],
+)
+def test_a_model_that_sees_is_trained_and_written(directories, tmp_path, family, task, freeze):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForImageTextToText
+
+    model = {"path": str(directories[family]), "freeze": list(freeze)}
+    folder = run(tmp_path, visual_run(directories[family], task, model=model))
+    assert max(differences(folder, "reason")) < 1e-5
+    first, last = load(folder / "init"), load(folder / "reason")
+    was, now = leaves(first.params), leaves(last.params)
+    moved = {name.split("/")[0] for name in now if (now[name] != was[name]).any()}
+    assert ("vision" in moved) == (not freeze)
+    assert "layers" in moved
+    out = tmp_path / "exported"
+    assert main(["export", str(folder / "reason"), str(out)]) == 0
+    theirs = AutoModelForImageTextToText.from_pretrained(out)
+    assert sum(p.numel() for p in theirs.parameters()) == last.context.model.config.num_parameters
+    tokens = list(range(40, 60))
+    with torch.no_grad():
+        found = theirs(input_ids=torch.tensor([tokens])).logits[0].numpy()
+    np.testing.assert_allclose(logits(last, tokens), found, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_pairs_with_images_in_files(directories, tmp_path):
+    """Supervised rows and pairs show images of a folder, and a broken one is named."""
+    images = [tmp_path / f"{i}.png" for i in range(2)]
+    for i, path in enumerate(images):
+        Image.fromarray(np.full((40, 30 + 9 * i, 3), 60 * i + 40, np.uint8)).save(path)
+    shown = [{"images": [str(path)]} for path in images]
+    pairs = [{"prompt": "How many?", "chosen": "one", "rejected": "two", **s} for s in shown]
+    rows = [{"prompt": "How many?", "completion": "one", **s} for s in shown]
+    config = visual_run(directories["qwen2_5_vl"], "shapes")
+    common = {"steps": 2, "batch_size": 2, "max_length": 200, "optimizer": OPTIMIZER}
+    file = lambda name, rows: {"kind": "file", "path": write_rows(tmp_path / name, rows)}
+    config["stages"] = {
+        "cold": {"kind": "sft", **common, "data": file("rows.jsonl", rows)},
+        "prefer": {"kind": "dpo", **common, "data": file("pairs.jsonl", pairs), "parent": "cold"},
+    }
+    folder = run(tmp_path, config)
+    line = json.loads((folder / "prefer" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    images[1].write_bytes(b"no image")
+    config["name"] = "broken"
+    path = tmp_path / "broken.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert main(["run", str(path), f"output_dir={tmp_path}"]) == 2
+
+
+def make(directory, task="shapes", **model):
+    raw = visual_run(directory, task, model={"path": str(directory), **model})
+    return Context.create(validate(RunConfig, raw | {"output_dir": "unused"}, "test"))
+
+
+@pytest.fixture(scope="module")
+def sampled(directories):
+    """Completions of two prompts of a model that sees, and what the prompts show."""
+    context = make(directories["qwen3_vl"], freeze=["vision"])
+    params = context.init_params()
+    problems = [context.task.generate("train", i) for i in range(2)]
+    prompts = context.prompts(problems)
+    shown, sights = context.look(params, prompts)
+    engine = context.engine(SamplingConfig(), 10, max_rows=4, group_size=2)
+    rollout = sample(
+        engine,
+        params,
+        [prompt.tokens for prompt in prompts],
+        jax.random.key(0),
+        num_generations=2,
+        pad_id=context.pad_id,
+        shown=shown,
+    )
+    return context, params, prompts, sights, rollout
+
+
+def rows_of(context, rollout: Rollout, **changes):
+    return PolicyRows(
+        mesh=context.mesh,
+        pad_id=context.pad_id,
+        max_prompt_length=context.config.max_prompt_length,
+        max_completion_length=10,
+        completions=4,
+        num_generations=2,
+        row_length=None,
+        microbatch_tokens=None,
+        drop=False,
+        visual_tokens=context.visual_tokens,
+        patches_per_token=context.patches_per_token,
+        **changes,
+    )
+
+
+def test_sampling_and_training_agree_about_what_they_see(sampled):
+    """With features that were kept, and with patches that are encoded again."""
+    context, params, prompts, sights, rollout = sampled
+    logprobs = on_mesh(
+        jax.jit(make_batch_logprobs(context.model, temperature=1.0, logprob_chunk_size=None)),
+        context.mesh,
+    )
+    advantages = np.ones(4, np.float32)
+    found = []
+    for given in (sights, [sight._replace(features=None, deep_features=None) for sight in sights]):
+        batch, _ = rows_of(context, rollout).place(rollout, advantages, None, given)
+        assert ("patches" in batch) == (given is not sights)
+        found.append((batch, np.asarray(logprobs(params, batch))))
+    for batch, trained in found:
+        mask = np.asarray(batch["completion_mask"])
+        assert mask.sum() == rollout.lengths.sum()
+        sampling = np.asarray(batch["sampling_logprobs"])
+        np.testing.assert_allclose(trained[mask], sampling[mask], atol=2e-5)
+    # Other images give other log-probs: they are looked at.
+    swapped, _ = rows_of(context, rollout).place(rollout, advantages, None, sights[::-1])
+    if len(prompts[0].tokens) == len(prompts[1].tokens):
+        other = np.asarray(logprobs(params, swapped))
+        assert np.abs(other - found[0][1]).max() > 1e-4
+
+
+def test_a_prompt_is_encoded_once_for_its_group_and_a_frozen_encoder_remembers(directories):
+    for freeze, again in ((["vision"], 2), ([], 4)):
+        context = make(directories["qwen2_5_vl"], freeze=freeze)
+        params = context.init_params()
+        prompts = context.prompts([context.task.generate("train", i) for i in range(2)])
+        shown, sights = context.look(params, prompts)
+        assert context._eyes.encoded == 2
+        context.look(params, prompts)
+        assert context._eyes.encoded == again
+        assert (sights[0].features is not None) == bool(freeze)
+        assert all(isinstance(sight.row, VisionRow) for sight in sights)
+        assert shown[0].features.shape == (prompts[0].shown.visual_index.max() + 1, 32)
+
+
+def test_an_imported_model_can_be_sampled_and_exported_unchanged(directories, tmp_path, capsys):
+    folder = tmp_path / "imported"
+    source = directories["qwen3"]
+    overrides = ["max_prompt_length=64", "evaluation.max_completion_length=8"]
+    assert main(["import", str(source), str(folder), *overrides]) == 0
+    assert "parameters" in capsys.readouterr().out
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Hello?\n", encoding="utf-8")
+    assert main(["sample", str(folder / "init"), "--file", str(prompts)]) == 0
+    assert json.loads(capsys.readouterr().out)["length"] <= 8
+    out = tmp_path / "out"
+    assert main(["export", str(folder / "init"), str(out)]) == 0
+    same = load(folder / "init")
+    for name, value in leaves(load_params(same.context.model, out)).items():
+        np.testing.assert_array_equal(value, leaves(same.params)[name])
+    assert checkpoint.lineage(folder / "init")[0]["stage"] == "init"
