@@ -136,7 +136,7 @@ def test_parameters_come_back_bit_for_bit_on_a_mesh_or_without(name, mesh8, tmp_
 
 
 def test_a_sharded_model_is_written_as_a_whole_one(saved, mesh8, tmp_path):
-    model, params, path = saved
+    model, _, path = saved
     _, cut = from_pretrained(path, mesh=mesh8)
     save_pretrained(model, cut, tmp_path / "model")
     a, b = (load_file(x / "model.safetensors") for x in (path, tmp_path / "model"))
@@ -373,7 +373,7 @@ def test_settings_of_the_model_it_came_from_are_kept(copy, tmp_path):
     for name in ("generation_config.json", "preprocessor_config.json"):
         assert (path / name).read_text() == (copy / name).read_text()
     other = dataclasses.replace(model.config, qk_norm=False, qkv_bias=True)
-    with pytest.raises(InputError, match="of family qwen2 and cannot be written like .* qwen3"):
+    with pytest.raises(InputError, match=r"of family qwen2 and cannot be written like .* qwen3"):
         save_pretrained(*make(other), tmp_path / "other", like=copy)
 
 
@@ -542,7 +542,7 @@ def test_tensors_and_scale_of_an_adapter(adapted, tmp_path):
     tensors["base_model.model.lm_head.lora_A.weight"] = np.ones((3, 32), np.float32)
     save_file(tensors, path / "adapter_model.safetensors")
     with pytest.raises(
-        InputError, match="missing: .*1.mlp.down_proj.lora_B.* unexpected: .*lm_head"
+        InputError, match=r"missing: .*1.mlp.down_proj.lora_B.* unexpected: .*lm_head"
     ):
         load_adapter(Model(TINY), without_adapter(params), path)
     with pytest.raises(InputError, match=r"no adapter_config\.json in"):

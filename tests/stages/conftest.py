@@ -130,6 +130,11 @@ async def asked(prompts, completions, **_):
     return [float(text.endswith("</answer>")) for text in completions]
 
 
+def variety(prompts, completions, **_):
+    """Differs between completions of any model."""
+    return [float(len(set(text))) for text in completions]
+
+
 def short_list(prompts, completions, **_):
     return [1.0] * (len(completions) - 1)
 

@@ -26,7 +26,8 @@ from jaxrl_reason.stages.policy_rows import PolicyRows
 from jaxrl_reason.steps import make_batch_logprobs
 
 OPTIMIZER = {"learning_rate": 1.0e-2}
-REWARDS = [{"kind": "accuracy"}, {"kind": "overlong", "cache": 10, "weight": 0.5}]
+VARIETY = {"kind": "python", "name": "variety", "function": "rewards_of_tests:variety"}
+REWARDS = [{"kind": "accuracy"}, VARIETY]
 POLICY = {
     "steps": 2,
     "prompts_per_step": 2,
@@ -61,7 +62,7 @@ def text_run(folder, directory, **changes):
         "cold": {
             "kind": "sft",
             "steps": 2,
-            "batch_size": 2,
+            "batch_size": 4,
             "max_length": 128,
             "data": {"kind": "file", "path": rows, "columns": columns},
             "optimizer": OPTIMIZER,
@@ -70,7 +71,7 @@ def text_run(folder, directory, **changes):
             "kind": "dpo",
             "parent": "cold",
             "steps": 2,
-            "batch_size": 2,
+            "batch_size": 4,
             "max_length": 128,
             "data": {"kind": "file", "path": write_rows(folder / "pairs.jsonl", PAIRS)},
             "optimizer": OPTIMIZER,
@@ -92,6 +93,7 @@ def text_run(folder, directory, **changes):
         "model": {"path": str(directory)},
         "chat": {"system_prompt": "Put the answer after ####."},
         "max_prompt_length": 100,
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         "evaluation": {"problems": 4, "max_completion_length": 12},
         "stages": stages,
         **changes,
@@ -104,13 +106,14 @@ def visual_run(directory, task, **changes):
         "task": {"name": task},
         "model": {"path": str(directory)},
         "max_prompt_length": 500,
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
         "max_visual_tokens": 64,
         "evaluation": {"problems": 3, "max_completion_length": 12},
         "stages": {
             "cold": {
                 "kind": "sft",
                 "steps": 2,
-                "batch_size": 2,
+                "batch_size": 4,
                 "max_length": 700,
                 "data": {"kind": "traces", "num_examples": 6, "styles": {"answer": 1.0}},
                 "optimizer": OPTIMIZER,
@@ -143,7 +146,7 @@ def logits(loaded, tokens):
 
 
 @pytest.mark.slow
-def test_an_adapter_goes_through_all_stages_and_out_again(directories, tmp_path, capsys):
+def test_an_adapter_goes_through_all_stages_and_out_again(directories, rewards_folder, tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -194,7 +197,9 @@ def load_params_of(loaded, source):
         ("qwen3_vl", "shapes", ("vision",)),
     ],
 )
-def test_a_model_that_sees_is_trained_and_written(directories, tmp_path, family, task, freeze):
+def test_a_model_that_sees_is_trained_and_written(
+    directories, rewards_folder, tmp_path, family, task, freeze
+):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForImageTextToText
 
@@ -226,7 +231,7 @@ def test_pairs_with_images_in_files(directories, tmp_path):
     pairs = [{"prompt": "How many?", "chosen": "one", "rejected": "two", **s} for s in shown]
     rows = [{"prompt": "How many?", "completion": "one", **s} for s in shown]
     config = visual_run(directories["qwen2_5_vl"], "shapes")
-    common = {"steps": 2, "batch_size": 2, "max_length": 200, "optimizer": OPTIMIZER}
+    common = {"steps": 2, "batch_size": 4, "max_length": 200, "optimizer": OPTIMIZER}
     file = lambda name, rows: {"kind": "file", "path": write_rows(tmp_path / name, rows)}
     config["stages"] = {
         "cold": {"kind": "sft", **common, "data": file("rows.jsonl", rows)},

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+from io import FileIO
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ DTYPES = {
     "BF16": np.dtype(jnp.bfloat16),
     "F16": np.dtype(np.float16),
 }
+
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +46,25 @@ class Tensor:
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows start to stop of the first axis, freshly read."""
         dtype, row = DTYPES[self.dtype], math.prod(self.shape[1:])
-        offset = self.offset + start * row * dtype.itemsize
-        with self.file.open("rb") as file:
-            # As bytes, because np.fromfile does not know bfloat16.
-            data = np.fromfile(file, np.uint8, (stop - start) * row * dtype.itemsize, offset=offset)
+        # JAX takes memory that is aligned so as it is where the device is the host.
+        count = (stop - start) * row * dtype.itemsize
+        memory = np.empty(count + _ALIGNMENT, np.uint8)
+        first = -memory.ctypes.data % _ALIGNMENT
+        data = memory[first : first + count]
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset + start * row * dtype.itemsize)
+            _fill(file, data)
         return data.view(dtype).reshape(stop - start, *self.shape[1:])
+
+
+def _fill(file: FileIO, data: np.ndarray) -> None:
+    """Read until the memory is full; the system reads 2 GiB at once at most."""
+    view = memoryview(data)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise InputError(f"{file.name} ended while it was read; fetch it again")
+        view = view[count:]
 
 
 def read_header(file: Path) -> dict[str, Tensor]:

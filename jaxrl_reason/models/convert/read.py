@@ -78,9 +78,10 @@ def load_weights(
         orders = tuple(weight.order for weight in group)
         to = tuple(place_of[path] for path in paths)
         if group[0].stack:
-            stacks = [loaded[path] for path in paths]
-            placed = _put_layer(stacks, arrived, np.int32(layer), orders, to)
-            loaded.update(zip(paths, placed, strict=True))
+            put = _put_layer(orders, to)
+            written = put([loaded[path] for path in paths], arrived, np.int32(layer))
+            # Not ahead of the devices, or layers as they came would gather there.
+            loaded.update(zip(paths, jax.block_until_ready(written), strict=True))
         else:
             loaded[paths[0]] = _turned(arrived[0], dtype.name, orders[0], to[0])
     return as_tree(loaded)
@@ -140,30 +141,36 @@ def _zeros(shapes: dict[Any, jax.ShapeDtypeStruct], places: dict[Any, NamedShard
     return jax.jit(make, out_shardings=places)()
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _put_layer(stacks, parts, layer, orders: tuple[Sizes, ...], places: tuple[NamedSharding, ...]):
-    """Write a layer into stacked parameters, in their memory."""
+@functools.lru_cache(maxsize=16)
+def _put_layer(orders: tuple[Sizes, ...], places: tuple[NamedSharding, ...]):
+    """A program that writes a layer into stacked parameters, in their memory."""
 
-    def put(stack, part, order, place):
+    def put_one(stack, part, layer, order):
         experts = part.ndim - len(order)
-        turned = jnp.transpose(part, (*range(experts), *(axis + experts for axis in order)))
-        turned = turned.astype(stack.dtype)
-        written = jax.lax.dynamic_update_index_in_dim(stack, turned, layer, 0)
-        return jax.lax.with_sharding_constraint(written, place)
+        part = part if part.dtype == stack.dtype else part.astype(stack.dtype)
+        turned = jnp.transpose(_bits(part), (*range(experts), *(axis + experts for axis in order)))
+        written = jax.lax.dynamic_update_index_in_dim(_bits(stack), turned, layer, 0)
+        return jax.lax.bitcast_convert_type(written, stack.dtype)
 
-    return [put(*x) for x in zip(stacks, parts, orders, places, strict=True)]
+    def put(stacks, parts, layer):
+        each = zip(stacks, parts, orders, strict=True)
+        return [put_one(stack, part, layer, order) for stack, part, order in each]
+
+    return jax.jit(put, donate_argnums=0, out_shardings=list(places))
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Integers of the same width: XLA's CPU backend moves bfloat16 by way of float32."""
+    wide = {2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint64}
+    return jax.lax.bitcast_convert_type(x, wide[x.dtype.itemsize])
 
 
 def _turned(part: jax.Array, dtype: str, order: Sizes, place: NamedSharding) -> jax.Array:
+    """A parameter without layers."""
     if order == tuple(range(part.ndim)) and part.dtype.name == dtype:
-        return part
-    return _turn(part, dtype, order, place)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _turn(part, dtype: str, order: Sizes, place: NamedSharding):
-    turned = jnp.transpose(part, order).astype(jnp.dtype(dtype))
-    return jax.lax.with_sharding_constraint(turned, place)
+        return jax.device_put(part, place)
+    turn = lambda x: jnp.transpose(x, order).astype(jnp.dtype(dtype))
+    return jax.jit(turn, out_shardings=place)(part)
 
 
 def _largest_file(tensors: dict[str, Tensor]) -> int:
