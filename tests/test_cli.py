@@ -163,7 +163,7 @@ def test_a_mistake_in_the_configuration_is_one_message(folder, capsys, overrides
         ("name: [", r"broken.yaml: line \d+, column \d+: not valid YAML"),
         ("name: small\nname: other\n", "line 2: key 'name' was already given on line 1"),
         ("- a\n- b\n", "broken.yaml"),
-        ("name: small\n", r"broken.yaml .*: 3 problems\n  - max_prompt_length: required"),
+        ("name: small\n", r"broken.yaml .*: 2 problems\n  - max_prompt_length: required"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, refused, text, message):

@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"arrays"},
     "logprobs": {"arrays"},
     "conformance": LIBRARY,
+    "models": {"sharding"},
     "sampling": {"arrays", "models"},
     "steps": STEPS,
     "stages": LEAVES | STEPS | {"sampling", "steps"},
@@ -40,9 +41,12 @@ ALLOWED: dict[str, set[str]] = {
 
 # Outside library -> the folders and files that may import it.
 DOORS: dict[str, set[str]] = {
+    "PIL": {"data.vision"},
+    "av": {"data.vision"},
     "datasets": {"data"},
     "flax": {"models"},
     "grain": {"data"},
+    "huggingface_hub": {"models.convert"},
     "math_verify": {"rewards"},
     "matplotlib": {"report"},
     "optax": {"steps"},

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_reason.models.attention import wide_dtype
 from jaxrl_reason.models.layers import PRODUCT
-from jaxrl_reason.models.mesh import ROW_AXES, automatic_axes, platform_of
+from jaxrl_reason.models.mesh import automatic_axes, platform_of, row_axes
 
 EXPERT_AXIS, WIDTH_AXIS = "expert", "tensor"
 
@@ -127,7 +127,7 @@ def _per_device(mix, mesh, x, experts, weights, projections):
     automatic = automatic_axes(mesh, mesh.axis_names)
     if mesh.empty or mesh.size == 1 or not automatic:
         return mix(x, experts, weights, projections)
-    rows = _row_axes(mesh, x.shape[0])
+    rows = row_axes(mesh, x.shape[0])
     has_experts, has_width = (axis in automatic for axis in (EXPERT_AXIS, WIDTH_AXIS))
     gathered = EXPERT_AXIS in rows
     # Sums over axes that cut no rows are left to the compiler: a part for every device.
@@ -167,16 +167,6 @@ def _per_device(mix, mesh, x, experts, weights, projections):
         check_vma=False,  # loops start from constants
     )
     return jnp.sum(cut(x, experts, weights, projections), axis=0)
-
-
-def _row_axes(mesh: AbstractMesh, tokens: int) -> tuple[str, ...]:
-    """The axes over which so many tokens are cut: all that divide them, in order."""
-    chosen, size = [], 1
-    for axis in automatic_axes(mesh, ROW_AXES):
-        if tokens % (size * mesh.shape[axis]) == 0:
-            chosen.append(axis)
-            size *= mesh.shape[axis]
-    return tuple(chosen)
 
 
 # Every expert on every token

@@ -1,7 +1,9 @@
 """The mesh that the caller has set (`jax.set_mesh`), as the parts of a model see it."""
 
+from collections.abc import Callable
+
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 ROW_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which rows are cut."""
@@ -19,3 +21,24 @@ def automatic_axes(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]
     """Those of the axes which the mesh has and no enclosing `shard_map` has taken."""
     types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     return tuple(axis for axis in axes if types.get(axis, AxisType.Manual) != AxisType.Manual)
+
+
+def row_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
+    """The axes over which so many rows are cut: all of `ROW_AXES` that divide them, in order."""
+    chosen, size = [], 1
+    for axis in automatic_axes(mesh, ROW_AXES):
+        if rows % (size * mesh.shape[axis]) == 0:
+            chosen.append(axis)
+            size *= mesh.shape[axis]
+    return tuple(chosen)
+
+
+def by_rows(function: Callable, rows: int) -> Callable:
+    """Each device computes its own rows; for what the compiler does not cut by itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = row_axes(mesh, rows)
+    if mesh.empty or mesh.size == 1 or not axes:
+        return function
+    cut = PartitionSpec(axes)
+    names = set(automatic_axes(mesh, mesh.axis_names))
+    return jax.shard_map(function, in_specs=cut, out_specs=cut, axis_names=names, check_vma=False)

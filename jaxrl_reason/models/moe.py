@@ -16,6 +16,7 @@ from jaxrl_reason.models.attention import wide_dtype
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.experts import Way, mix_experts
 from jaxrl_reason.models.layers import PRODUCT, activation
+from jaxrl_reason.models.mesh import by_rows
 
 
 class RouterStats(NamedTuple):
@@ -62,14 +63,15 @@ class MoE(nn.Module):
         c = self.config
         width, ends = (c.hidden_size, c.moe_intermediate_size), ("embed", "mlp")
         probabilities = Router(c, name="router")(x)
+        probabilities = probabilities.reshape(-1, c.num_experts)
+        counted = jnp.ones(x.shape[:2], bool) if mask is None else mask
+        counted = counted.reshape(-1, 1)
         weights, experts = route(c, probabilities)
-        if mask is not None:
-            experts = jnp.where(mask[..., None], experts, c.num_experts)
-        flat = lambda y: y.reshape(-1, y.shape[-1])
+        experts = jnp.where(counted, experts, c.num_experts)
         mixed = mix_experts(
-            flat(x).astype(jnp.dtype(c.dtype)),
-            flat(experts),
-            flat(weights),
+            x.reshape(-1, c.hidden_size).astype(jnp.dtype(c.dtype)),
+            experts,
+            weights,
             {
                 "gate": ExpertProjection(c, width, ends, name="gate")(),
                 "up": ExpertProjection(c, width, ends, name="up")(),
@@ -79,7 +81,7 @@ class MoE(nn.Module):
             adapter_scale=c.lora.lora_alpha / c.lora.r if c.lora else 1.0,
             way=self.way,
         )
-        return mixed.reshape(x.shape), _stats(probabilities, experts, mask)
+        return mixed.reshape(x.shape), _stats(probabilities, experts, counted)
 
 
 class Router(nn.Module):
@@ -103,13 +105,18 @@ class Router(nn.Module):
 
 
 def route(
-    config: ModelConfig, probabilities: Float[Array, "B T E"]
-) -> tuple[Float[Array, "B T k"], Int[Array, "B T k"]]:
-    """The likeliest experts of each token, and their weights."""
-    experts = jax.lax.top_k(probabilities, config.num_experts_per_tok)[1]
-    # Kept for the backward pass: computed again, rounding might choose others.
-    experts = checkpoint_name(experts, PRODUCT)
-    weights = jnp.take_along_axis(probabilities, experts, axis=-1)
+    config: ModelConfig, probabilities: Float[Array, "S E"]
+) -> tuple[Float[Array, "S k"], Int[Array, "S k"]]:
+    """The weights of the likeliest experts of each token, and the experts."""
+
+    def choose(probabilities):
+        experts = jax.lax.top_k(probabilities, config.num_experts_per_tok)[1]
+        # Kept for the backward pass: computed again, rounding might choose others.
+        experts = checkpoint_name(experts, PRODUCT)
+        return jnp.take_along_axis(probabilities, experts, axis=-1), experts
+
+    # The compiler would gather the probabilities of all rows to sort them.
+    weights, experts = by_rows(choose, probabilities.shape[0])(probabilities)
     if config.norm_topk_prob:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return weights, experts
@@ -145,11 +152,13 @@ class ExpertProjection(nn.Module):
         return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
 
 
-def _stats(probabilities, experts, mask) -> RouterStats:
-    num_experts, dtype = probabilities.shape[-1], probabilities.dtype
-    counted = jnp.ones(experts.shape[:2], dtype) if mask is None else mask.astype(dtype)
+def _stats(
+    probabilities: Float[Array, "S E"], experts: Int[Array, "S k"], counted: Bool[Array, "S 1"]
+) -> RouterStats:
+    dtype = probabilities.dtype
+    chosen = jax.nn.one_hot(experts, probabilities.shape[1], dtype=dtype)
     return RouterStats(
-        jnp.sum(jax.nn.one_hot(experts, num_experts, dtype=dtype), axis=(0, 1, 2)),
-        jnp.sum(probabilities * counted[..., None], axis=(0, 1)),
-        jnp.sum(counted),
+        jnp.sum(chosen, axis=(0, 1)),
+        jnp.sum(jnp.where(counted, probabilities, 0), axis=0),
+        jnp.sum(counted, dtype=dtype),
     )

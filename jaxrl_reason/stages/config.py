@@ -58,10 +58,11 @@ class ModelChoice(Config):
             raise ValueError("preset cannot act beside path; remove one of them")
         if self.path is None and self.revision is not None:
             raise ValueError("revision cannot act without path; remove it")
-        for name in ("vocab_size", "lora", "freeze", "vision"):
+        if "vocab_size" in self.changes:
+            raise ValueError("changes.vocab_size follows from the task's tokenizer; remove it")
+        for name in ("lora", "freeze"):
             if name in self.changes:
-                where = f"set model.{name}" if name in ("lora", "freeze") else "remove it"
-                raise ValueError(f"changes.{name} is not for changes; {where}")
+                raise ValueError(f"changes.{name} has a place of its own; set model.{name}")
         trainable(self.resolve(vocab_size=8))
         return self
 

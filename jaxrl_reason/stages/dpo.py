@@ -192,7 +192,7 @@ def row_length(stage: Stage, pairs: list[Pair]) -> int:
 
 
 def reference_logprobs(
-    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None
+    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None = None
 ) -> np.ndarray:
     """Sequence log-probs [pairs, 2] of every pair under the parent."""
     config: DPOConfig = stage.config
@@ -219,7 +219,7 @@ def reference_logprobs(
 
 
 def pair_rows(
-    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None
+    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None = None
 ) -> dict[str, np.ndarray]:
     """Arrays [pairs, 2, T, ...], the chosen completion first."""
     flat = [[example] for pair in pairs for example in pair]

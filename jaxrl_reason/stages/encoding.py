@@ -222,4 +222,6 @@ def file_records(data: FileData) -> list[Record]:
     Raises:
         InputError: as `load_records`.
     """
-    return load_records(data.path, split=data.split, columns=data.columns or None)
+    types = dict.fromkeys(("prompt", "completion", "chosen", "rejected"), (str, list))
+    types |= {"messages": list}
+    return load_records(data.path, types=types, split=data.split, columns=data.columns or None)

@@ -13,7 +13,6 @@ from jaxrl_reason.models.lora import (
     ADAPTER,
     MODULES,
     LoRAConfig,
-    add_adapter,
     has_adapter,
     merge_lora,
     trainable,
@@ -136,21 +135,6 @@ def test_without_the_adapter_the_arrays_are_the_same(fresh):
 
 def _is_names(x):
     return isinstance(x, tuple)
-
-
-def test_a_fresh_adapter_is_added_to_other_parameters(trained, mesh8):
-    plain = without_adapter(trained)
-    places = tree_shardings(mesh8, MODEL.axes(), trained)
-    whole = add_adapter(MODEL, plain, jax.random.key(3), places)
-    assert jax.tree.structure(whole) == jax.tree.structure(trained)
-    kept = {id(x) for x in jax.tree.leaves(without_adapter(whole))}
-    assert kept == {id(x) for x in jax.tree.leaves(plain)}
-    of_q, place = whole["layers"]["attention"]["q"], places["layers"]["attention"]["q"]
-    assert not of_q["lora_b"].any()
-    assert 0.5 < float(jnp.std(of_q["lora_a"])) * 32**0.5 < 1.2
-    assert of_q["lora_a"].sharding.is_equivalent_to(place["lora_a"], 3)
-    without = Model(dataclasses.replace(CONFIG, lora=None))
-    assert add_adapter(without, plain, jax.random.key(3), places) is plain
 
 
 def test_an_untrained_adapter_changes_no_bit(fresh, trained):

@@ -2,7 +2,12 @@
 
 import dataclasses
 import functools
+import importlib.util
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -322,7 +327,7 @@ def stats_of(probabilities, mask, per_token):
         for p in probabilities[layer][mask]:
             counts[layer, np.argsort(-p)[:per_token]] += 1
             sums[layer] += p
-    return RouterStats(counts, sums, np.full(layers, mask.sum()))
+    return RouterStats(counts, sums, np.full(layers, float(mask.sum())))
 
 
 def test_the_loss_is_that_of_its_definition_and_pulls_the_load_apart():
@@ -332,7 +337,7 @@ def test_the_loss_is_that_of_its_definition_and_pulls_the_load_apart():
         probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
         mask = rng.uniform(size=(2, 5)) < 0.7
         stats = stats_of(probabilities, mask, 2)
-        rows = 3 * mask.sum()
+        rows = 3.0 * mask.sum()
         wanted = 8 * np.sum(
             stats.tokens_per_expert.sum(0) / rows * stats.probabilities.sum(0) / rows
         )
@@ -358,16 +363,16 @@ def test_descending_the_loss_balances_the_load():
 
         (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         shares = stats.tokens_per_expert / stats.num_tokens
-        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradient), value, jnp.max(shares)
+        return jax.tree.map(lambda p, g: p - 0.003 * g, params, gradient), value, jnp.max(shares)
 
     _, first, largest = step(params)
-    for _ in range(40):
+    for _ in range(20):
         params, value, share = step(params)
     assert float(largest) > 0.95
     assert float(first) > 5
     # At best 3 / 8 and 3.
-    assert float(share) < 0.75
-    assert float(value) < 3.5
+    assert float(share) < 0.6
+    assert float(value) < 3.7
 
 
 # Parity with transformers
@@ -422,6 +427,7 @@ def test_parity_with_transformers(way, normalised):
     near = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=2e-5)
     near(apply(module, params, x.detach().numpy())[0], wanted.detach().numpy())
     of_params, of_x = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x.detach().numpy())
+    assert min(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(of_params)) > 1e-2
     near(of_x, x.grad.numpy())
     jax.tree.map(near, of_params, from_qwen3_moe({k: p.grad for k, p in block.named_parameters()}))
 
@@ -475,8 +481,8 @@ MESHES = [
     ({"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}, None),
     ({"data": 2, "fsdp": 2, "expert": 2}, Way("dense")),
     ({"data": 1, "expert": 8}, Way("ragged", 2)),
-    ({"data": 1, "fsdp": 2, "expert": 4}, Way("blocks", 2, 3)),
-    ({"data": 2, "fsdp": 2, "tensor": 2}, None),
+    pytest.param({"data": 1, "fsdp": 2, "expert": 4}, Way("blocks", 2, 3), marks=pytest.mark.slow),
+    pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, None, marks=pytest.mark.slow),
 ]
 name_mesh = lambda x: "-".join(f"{k}{v}" for k, v in x.items()) if isinstance(x, dict) else None
 
@@ -484,7 +490,7 @@ name_mesh = lambda x: "-".join(f"{k}{v}" for k, v in x.items()) if isinstance(x,
 @pytest.mark.parametrize(("sizes", "way"), MESHES, ids=name_mesh)
 def test_eight_devices_equal_one_and_experts_stay_where_they_are(sizes, way):
     mesh, params, cut = on_mesh(sizes)
-    x, mask = hidden((8, 3)), jnp.arange(24).reshape(8, 3) % 5 > 0
+    x, mask = hidden((8, 5)), jnp.arange(40).reshape(8, 5) % 6 > 0
     wanted = objective(Way("dense"))(params, x, mask)
     by_row = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert")))
     placed = cut, *jax.device_put((x, mask), by_row)
@@ -495,13 +501,14 @@ def test_eight_devices_equal_one_and_experts_stay_where_they_are(sizes, way):
     jax.tree.map(near, got, wanted)
 
     found = collectives(compiled.as_text())
-    kernels = {shape for shapes in found.values() for shape in shapes if len(shape) == 3}
+    shapes = set().union(*found.values())
     here = 8 // sizes.get("expert", 1)
-    # Tokens are gathered; of kernels at most those of the device's own experts, over fsdp.
-    assert all(shape[0] == here for shape in kernels), kernels
-    assert not set(found) - {"all-gather", "all-reduce", "reduce-scatter"}
+    # Tokens are gathered over `expert`, kernels and their gradients at most over other axes.
+    assert {shape[0] for shape in shapes if len(shape) == 3 and 24 in shape[1:]} <= {here}
+    assert not {(8, 5, 8), (40, 8)} & shapes  # probabilities
+    assert "all-to-all" not in found
     if "expert" in sizes:
-        rows = 24 // (sizes["data"] * sizes.get("fsdp", 1))
+        rows = 40 // (sizes["data"] * sizes.get("fsdp", 1))
         assert (rows, 24) in found["all-gather"]
         assert (rows // sizes["expert"], 24) in found["reduce-scatter"]
     for name in ("gate", "down"):
@@ -547,3 +554,69 @@ def test_experts_run_within_a_shard_map_of_the_caller(mesh8):
     with jax.set_mesh(mesh8):
         got = run(params, x)
     np.testing.assert_allclose(got, apply(module, params, x)[0], atol=1e-6)
+
+
+COMPILE_FOR_TPU = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxrl_reason.models.experts import mix_experts
+
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
+axes = ("data", "fsdp", "expert", "tensor")
+mesh = Mesh(np.asarray(devices).reshape(1, 1, 4, 1), axes, axis_types=(AxisType.Auto,) * 4)
+
+def array(shape, dtype, *spec):
+    sharding = NamedSharding(mesh, PartitionSpec(*spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+x = array((2048, 256), jnp.bfloat16, "expert")
+experts, weights = (array((2048, 4), dtype, "expert") for dtype in (jnp.int32, jnp.float32))
+shapes = {"gate": (32, 256, 128), "up": (32, 256, 128), "down": (32, 128, 256)}
+kernels = {name: {"kernel": array(s, jnp.bfloat16, "expert")} for name, s in shapes.items()}
+
+def loss(x, experts, weights, kernels):
+    mixed = mix_experts(x, experts, weights, kernels, activation=jax.nn.silu)
+    return jnp.sum(mixed.astype(jnp.float32) ** 2)
+
+with jax.set_mesh(mesh):
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 2, 3)))
+    compiled = gradients.lower(x, experts, weights, kernels).compile()
+print("tpu_custom_call" in compiled.as_text(), compiled.cost_analysis()["flops"])
+"""
+
+
+def tpu_compiler() -> Path | None:
+    """The library of libtpu: installed, or where `.ci/run` puts it, out of the way of jax."""
+    spec = importlib.util.find_spec("libtpu")
+    apart = Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu"
+    library = Path(spec.submodule_search_locations[0] if spec else apart, "libtpu.so")
+    return library if library.exists() else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    tpu_compiler() is None,
+    reason="the compiler for TPUs is in libtpu, which is not installed (pip install libtpu)",
+)
+def test_experts_compile_for_a_tpu_without_a_product_over_all_of_them():
+    settings = {
+        "TPU_LIBRARY_PATH": str(tpu_compiler()),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "JAX_PLATFORMS": "cpu",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_FOR_TPU],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | settings,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    native, flops = done.stdout.split()
+    assert native == "True"
+    # Rows for the worst case, three products and three gradients; the loop's body counts once.
+    rows = 2048 * 4 + 8 * 256
+    assert float(flops) < 1.3 * 6 * 2 * rows * 256 * 128

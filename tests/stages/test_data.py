@@ -94,8 +94,8 @@ def test_demonstrations_of_a_file_are_its_rows(stage_of, tmp_path):
 GOOD = {"prompt": "a = 1 ; a ?", "completion": ANSWER.format(1)}
 BAD_DEMONSTRATIONS = [
     ('{"prompt": "a ?", ', r"rows.jsonl:2: got .*no valid JSON"),
-    ({"prompt": "a ?"}, r"rows.jsonl:2: no column 'completion'"),
-    (GOOD | {"completion": 4}, r"rows.jsonl:2: column 'completion' is 4; it must be str"),
+    ({"prompt": "a ?"}, r"rows.jsonl:2: got columns prompt; needed: messages, or prompt and"),
+    (GOOD | {"completion": 4}, r"rows.jsonl:2: column 'completion' is 4; it must be str or list"),
     (GOOD | {"completion": "four"}, r"rows.jsonl:2: the word 'four' is not in the tokenizer"),
     (GOOD | {"prompt": "a <eos> ?"}, r"rows.jsonl:2: the text contains the marker '<eos>'"),
     (
@@ -140,7 +140,10 @@ def test_pairs_of_a_file_are_its_rows(stage_of, tmp_path):
 
 BAD_PAIRS = [
     ('["a"]', r"pairs.jsonl:2: got .*one JSON object a line"),
-    ({"prompt": "a ?", "chosen": "1"}, r"pairs.jsonl:2: no column 'rejected'"),
+    (
+        {"prompt": "a ?", "chosen": "1"},
+        r"pairs.jsonl:2: got columns prompt, chosen; needed: prompt, chosen, rejected",
+    ),
     (pair("one"), r"pairs.jsonl:2: the word 'one' is not in the tokenizer"),
     (
         pair("1" + " + 1" * 20),

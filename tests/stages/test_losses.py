@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxrl_reason.config import validate
-from jaxrl_reason.data.batching import microbatches
+from jaxrl_reason.data.batching import Example, microbatches
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES
 from jaxrl_reason.sampling import Rollout
@@ -166,8 +166,8 @@ def test_the_preference_losses_without_a_reference_compute_none(stage, monkeypat
     assert {name for name in PREFERENCE if not needs_reference([name])} == {"simpo", "orpo", "cpo"}
     assert needs_reference(["cpo", "sigmoid", "sft"])
     made = stage("prefer", loss_type=["cpo", "sft"], data={"kind": "file", "path": "none"})
-    asked = []
-    monkeypatch.setattr(dpo, "preference_pairs", lambda stage: [(([3], [4]), ([3], [5]))] * 8)
+    asked, pair = [], (Example([3], [4]), Example([3], [5]))
+    monkeypatch.setattr(dpo, "preference_pairs", lambda stage: [pair] * 8)
     monkeypatch.setattr(dpo, "reference_logprobs", lambda *given: asked.append(given))
     for name in ("resume", "train"):
         monkeypatch.setattr(dpo, name, lambda *given, **options: None)

@@ -266,7 +266,8 @@ class Wide:
             for k, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
-    def forward(self, params, tokens, *, positions, segment_ids, branch_ids):
+    def forward(self, params, tokens, *, positions, segment_ids, branch_ids, visual):
+        assert visual is None
         x = params["embedding"][tokens] + params["places"][positions]
         slots = jnp.arange(tokens.shape[1])
         before = slots[:, None] >= slots[None, :]

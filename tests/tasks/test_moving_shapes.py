@@ -371,6 +371,22 @@ def test_fps_changes_times_only():
         assert fast.verify(entries[1], spaced).correct
 
 
+def test_some_events_without_a_cause_begin_when_others_hit():
+    task = MovingShapes(questions=("cause",), min_shapes=3)
+    beside = asked = 0
+    for index in range(400):
+        problem = task.generate("train", index)
+        if problem.answer == "none":
+            question, facts = problem.columns["question"], task.facts(problem)
+            (fact,) = [
+                f for f in facts if (f.object, f.action) == (question["object"], question["action"])
+            ]
+            asked += 1
+            beside += any(f.verb == "hits" and f.time[1] == fact.time[0] for f in facts)
+    assert asked > 60
+    assert beside / asked > 0.1
+
+
 def test_much_happens_with_and_without_a_cause():
     counts = collections.Counter()
     for index in range(200):
@@ -436,16 +452,16 @@ def test_a_known_problem():
     problem = TASK.generate("train", 1, 3)
     digest = hashlib.sha256(video_of(TASK, problem).frames.tobytes()).hexdigest()
     assert problem.prompt == (
-        'Why does the red cross move up? Answer "hit by" or "hits" with the other shape, or "none".'
+        "Why does the red circle turn white? "
+        'Answer "hit by" or "hits" with the other shape, or "none".'
     )
     assert problem.answer == "none"
-    assert write_facts(TASK.facts(problem)[4:]) == (
+    assert write_facts(TASK.facts(problem)[3:6]) == (
         "<facts>\n"
-        "[time] 2-3 [object] white cross [action] turns red [scene] top left [cause] none\n"
-        "[time] 8-10 [object] red cross [action] moves up [scene] top left [cause] none\n"
-        "[time] 9-10 [object] red cross [action] hits yellow circle [scene] top left [cause] none\n"
-        "[time] 10-11 [object] red cross [action] stops [scene] top left "
-        "[cause] hits yellow circle\n"
+        "[time] 1-3 [object] white cross [action] moves up [scene] top left [cause] none\n"
+        "[time] 2-3 [object] white cross [action] hits green circle [scene] top left [cause] none\n"
+        "[time] 3-4 [object] green circle [action] turns yellow [scene] top left "
+        "[cause] hit by white cross\n"
         "</facts>"
     )
-    assert digest[:12] == "20bedca30200"
+    assert digest[:12] == "c49e1623eb01"

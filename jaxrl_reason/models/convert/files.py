@@ -59,7 +59,7 @@ class Tensor:
 
 def _fill(file: FileIO, data: np.ndarray) -> None:
     """Read until the memory is full; the system reads 2 GiB at once at most."""
-    view = memoryview(data)
+    view = data.data
     while view:
         count = file.readinto(view)
         if not count:
