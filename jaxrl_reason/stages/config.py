@@ -82,13 +82,17 @@ def _resolve(choice: ModelChoice, vocab_size: int) -> ModelConfig:
     base = dataclasses.replace(base, lora=choice.lora, freeze=choice.freeze)
     if not choice.changes:
         return base
-    # Only what a user wrote is checked as a configuration; the rest may hold what YAML has not.
-    given = {name: getattr(base, name) for name in _FIELDS - choice.changes.keys()}
-    return validate(_Changed, {"changes": {**given, **choice.changes}}, where).changes
+    return validate(_Changed, {"changes": {**_plain(base), **choice.changes}}, where).changes
 
 
 _PRESET = "0.7m"
-_FIELDS = {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+def _plain(value: Any) -> Any:
+    """As a YAML file would have it."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return list(value) if isinstance(value, tuple) else value
 
 
 @functools.lru_cache(maxsize=4)

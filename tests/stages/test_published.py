@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jaxrl_reason.stages.load import load
 from jaxrl_reason.stages.policy_rows import PolicyRows
 from jaxrl_reason.steps import make_batch_logprobs
 
+PUBLISHED = Path(__file__).parents[2] / "configs" / "published"
 OPTIMIZER = {"learning_rate": 1.0e-2}
 VARIETY = {"kind": "python", "name": "variety", "function": "rewards_of_tests:variety"}
 REWARDS = [{"kind": "accuracy"}, VARIETY]
@@ -345,3 +347,20 @@ def test_an_imported_model_can_be_sampled_and_exported_unchanged(directories, tm
     for name, value in leaves(load_params(same.context.model, out)).items():
         np.testing.assert_array_equal(value, leaves(same.params)[name])
     assert checkpoint.lineage(folder / "init")[0]["stage"] == "init"
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_of_a_published_model_is_valid(directories, tmp_path, path):
+    """With local copies in the place of what it fetches from the hub."""
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    sees = "VL" in config["model"]["path"]
+    overrides = [f"model.path={directories['qwen2_5_vl' if sees else 'qwen3']}"]
+    overrides += [f"output_dir={tmp_path}", "model.changes={max_position_embeddings: 4096}"]
+    if config["task"]["name"] == "dataset":
+        train, test = (write_rows(tmp_path / f"{n}.jsonl", ROWS[n:]) for n in (5, 0))
+        rows = write_rows(tmp_path / "test.jsonl", ROWS[:5])
+        overrides += [f"task.options.source={train}", f"task.options.test_source={rows}"]
+        overrides += [f"stages.cold_start.data.path={test}"]
+    context = Context.create(RunConfig.load(path, overrides))
+    problem = context.task.generate("test", 0)
+    assert len(context.prompts([problem])[0].tokens) > 20
