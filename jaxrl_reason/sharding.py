@@ -33,7 +33,7 @@ class MeshConfig:
     fsdp: int = 1
     """Devices over which parameters, optimiser state and the batch are cut."""
     expert: int = 1
-    """Devices over which the experts of a mixture and the batch are cut; other parameters are not."""
+    """Devices over which the experts of a mixture and the batch are cut."""
     tensor: int = 1
     """Devices over which heads, MLP and vocabulary are cut."""
 

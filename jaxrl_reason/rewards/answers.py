@@ -168,8 +168,10 @@ class _MathVerify:
     def __call__(self, answer: str, gold: str, timeout: float) -> bool | None:
         question = json.dumps({"answer": answer, "gold": gold, "timeout": timeout})
         with self._lock:
-            if self._process is None or self._owner != os.getpid():
+            if not self._runs():
+                self._end()
                 self._process, self._owner = self._start(), os.getpid()
+            assert self._process is not None
             try:
                 line = self._exchange(self._process, question)
             except BaseException:  # an interrupt: the answer may come yet, to the next question
@@ -184,6 +186,10 @@ class _MathVerify:
         """End the process."""
         with self._lock:
             self._end()
+
+    def _runs(self) -> bool:
+        mine = self._owner == os.getpid()  # a fork has its parent's, whose answers are not for it
+        return mine and self._process is not None and self._process.poll() is None
 
     def _start(self) -> subprocess.Popen:
         search = os.pathsep.join(filter(None, sys.path))

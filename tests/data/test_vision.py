@@ -934,9 +934,11 @@ def test_the_files_of_qwen3_vl(tmp_path):
     )
     assert read_vision_processor(tmp_path) == wanted
     # The nested file goes before the others.
-    nested = {"image_processor": image, "video_processor": {**video, "max_frames": 99}}
+    bigger = {**image, "size": {"longest_edge": 2**25, "shortest_edge": 65536}}
+    nested = {"image_processor": bigger, "video_processor": {**video, "max_frames": 99}}
     write(tmp_path, processor_config=nested)
-    assert read_vision_processor(tmp_path) == dataclasses.replace(wanted, max_frames=99)
+    changed = dataclasses.replace(wanted, max_pixels=2**25, max_frames=99)
+    assert read_vision_processor(tmp_path) == changed
 
 
 @of_family

@@ -556,6 +556,7 @@ def test_tensors_and_scale_of_an_adapter(adapted, tmp_path):
         save_adapter(Model(TINY), params, tmp_path / "other")
 
 
+@pytest.mark.filterwarnings("ignore")  # of a library that is not ours
 def test_peft_and_ours_are_the_same_function(adapted, tmp_path):
     torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
     peft = pytest.importorskip("peft", reason="compares with PEFT where it is installed")

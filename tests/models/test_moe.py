@@ -468,9 +468,11 @@ def on_mesh(sizes):
 
 def objective(way):
     module = MoE(CONFIG, way=way)
+    named = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    run = jax.checkpoint(lambda p, *xs: module.apply({"params": p}, *xs), policy=named)
 
     def function(params, x, mask):
-        mixed, stats = module.apply({"params": params}, x, mask)
+        mixed, stats = run(params, x, mask)
         return jnp.sum(jnp.sin(mixed)) + load_balancing_loss(stats), (mixed, stats)
 
     return jax.jit(jax.value_and_grad(function, argnums=(0, 1), has_aux=True))

@@ -78,6 +78,7 @@ EQUAL = [
     ("18 dollars", "18"),
     (r"18\text{ dollars}", "18"),
     (".5", "0.5"),
+    ("3.1415926", "3.1415927"),
     ("1/2", "0.5"),
     (r"\frac{1}{2}", "0.5"),
     (r"\dfrac{3}{4}", "0.75"),
@@ -164,13 +165,21 @@ def test_threads_get_their_own_answers():
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL, "no signal handler is touched"
 
 
-def test_a_killed_process_costs_one_answer():
+def test_a_killed_process_is_replaced():
     assert answers_match("1/2", "0.5") is True
     process = answers._math_verify._process
     process.kill()
     process.wait()
-    assert answers_match("1/2", "0.5") is False
     assert answers_match("1/2", "0.5") is True
+    assert answers._math_verify._process.pid != process.pid
+
+
+def test_the_time_limit_ends_with_the_answer():
+    assert answers_match("1/2", "0.5", timeout=0.5) is True
+    pid = answers._math_verify._process.pid
+    time.sleep(0.8)
+    assert answers_match("1/2", "0.5") is True
+    assert answers._math_verify._process.pid == pid
 
 
 PROGRAM = """
