@@ -206,6 +206,7 @@ def ask(prompt, facts, frames, pixels):
         if {first, second} <= before.keys() & after.keys()
         and pixels.touch(after[first], after[second])
         and not pixels.touch(before[first], before[second])
+        and way(before[first], after[first])
     ]
     a, b = frames[contact][first], frames[contact][second]
     across, down = a.x - b.x, a.y - b.y
@@ -435,8 +436,9 @@ def test_constant_answers():
     assert 0.08 < found["spatial"] < 0.27
     assert 0.17 < found["cause"] < 0.34
     accuracy, mean = best_interval(MovingShapes(questions=("interval",)), 250)
-    assert accuracy < 0.25
-    assert mean < 0.25
+    # Over 1000 problems 0.21 and 0.23; standard deviations over 250 are 0.026 and 0.02.
+    assert accuracy < 0.3
+    assert mean < 0.3
 
 
 def test_rendering_is_fast():
