@@ -18,7 +18,8 @@ from jaxrl_reason import advantages, losses, objectives
 from jaxrl_reason.cli import _parser
 from jaxrl_reason.config import load_yaml
 from jaxrl_reason.conformance.implementation import public_functions
-from jaxrl_reason.data.tokenizer import build_tokenizer, render_completion, render_prompt
+from jaxrl_reason.data.chat import encode_completion, encode_prompt
+from jaxrl_reason.data.tokenizer import build_tokenizer
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.tasks import TASKS, make_task
@@ -159,8 +160,8 @@ def test_configurations_fit_their_task(path):
     demonstrations = config.stages["cold_start"]
     for index in range(64):
         problem = task.generate("train", index)
-        prompt = render_prompt(tokenizer, problem.prompt)
-        completion = render_completion(tokenizer, task.trace(problem, "long"))
+        prompt = encode_prompt(tokenizer, problem.prompt)
+        completion = encode_completion(tokenizer, "", task.trace(problem, "long"))[1]
         assert len(prompt) <= config.max_prompt_length
         assert len(prompt) + len(completion) <= demonstrations.max_length
         assert len(completion) <= config.evaluation.max_completion_length

@@ -9,7 +9,7 @@ the tags.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.hub import cached_file
 
-from jaxrl_reason.data.chat import decode, encode_completion, encode_prompt
 from jaxrl_reason.errors import InputError
 
 PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
@@ -86,21 +85,6 @@ def build_tokenizer(
         clean_up_tokenization_spaces=False,
         chat_template=_CHAT_TEMPLATE,
     )
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerFast, prompt_text: str) -> list[int]:
-    """Tokens of the user's turn and of the marker after which the model speaks."""
-    return encode_prompt(tokenizer, prompt_text)
-
-
-def render_completion(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Tokens of a completion and its end marker: what follows `render_prompt` in a conversation."""
-    return encode_completion(tokenizer, "", text)[1]
-
-
-def decode_completion(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
-    """Text of sampled tokens up to the first end marker; padding is dropped, all else is kept."""
-    return decode(tokenizer, ids)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: str | Path) -> None:

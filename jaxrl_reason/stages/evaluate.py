@@ -14,6 +14,7 @@ from jaxrl_reason.models import Params
 from jaxrl_reason.sampling import sample
 from jaxrl_reason.stages.config import EvaluationConfig
 from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.dataset_task import DatasetTask
 from jaxrl_reason.tasks import Problem
 
 # One key for all stages: they answer the same problems with the same random numbers.
@@ -29,11 +30,14 @@ def evaluate(
         The result (`accuracy` with its Wilson interval, `format_rate`, `mean_length` in tokens,
         accuracy by difficulty, ...) and one row a problem with prompt, completion and verdict.
     """
-    problems = [context.task.generate("test", i) for i in range(config.problems)]
+    # A data set begins again behind its last row.
+    held_out = context.task.size("test") if isinstance(context.task, DatasetTask) else math.inf
+    count = int(min(config.problems, held_out))
+    problems = [context.task.generate("test", i) for i in range(count)]
     engine = context.engine(
         config.sampling,
         config.max_completion_length,
-        max_rows=min(config.batch_size, config.problems),
+        max_rows=min(config.batch_size, count),
     )
     prompts = context.prompts(problems)
     rollout = sample(

@@ -5,13 +5,11 @@ import re
 import pytest
 from transformers import AutoTokenizer
 
+from jaxrl_reason.data.chat import decode, encode_completion, encode_prompt
 from jaxrl_reason.data.tokenizer import (
     SPECIALS,
     build_tokenizer,
-    decode_completion,
     load_tokenizer,
-    render_completion,
-    render_prompt,
     save_tokenizer,
 )
 from jaxrl_reason.errors import InputError
@@ -19,6 +17,10 @@ from jaxrl_reason.tasks import TASKS, make_task
 
 STYLES = ("long", "short", "answer")
 LEVELS = ("word", "character")
+
+
+def completion_of(tokenizer, text):
+    return encode_completion(tokenizer, "", text)[1]
 
 
 @pytest.fixture(scope="module", params=LEVELS)
@@ -58,19 +60,19 @@ def test_ids_are_stable_and_specials_come_first(task, level):
 def test_round_trip_of_every_text(task, tokenizer):
     for index in range(120):
         problem = task.generate("train", index)
-        prompt = render_prompt(tokenizer, problem.prompt)
+        prompt = encode_prompt(tokenizer, problem.prompt)
         assert without_spaces(tokenizer.decode(prompt)) == without_spaces(
             f"<user>{problem.prompt}<assistant>"
         )
         for style in STYLES:
             text = task.trace(problem, style)
-            tokens = render_completion(tokenizer, text)
+            tokens = completion_of(tokenizer, text)
             assert tokenizer.unk_token_id not in tokens
             assert tokens[-1] == tokenizer.eos_token_id
-            decoded = decode_completion(tokenizer, tokens)
+            decoded = decode(tokenizer, tokens)
             assert without_spaces(decoded) == without_spaces(text)
             assert task.verify(problem, decoded).correct
-            assert render_completion(tokenizer, decoded) == tokens
+            assert completion_of(tokenizer, decoded) == tokens
 
 
 def test_perturbed_puzzles_need_no_new_words():
@@ -79,16 +81,16 @@ def test_perturbed_puzzles_need_no_new_words():
     for index in range(20):
         for kind in ("statement", "uncommon_names", "roles", "order", "swapped_roles"):
             problem = task.perturb(task.generate("test", index), kind)
-            render_prompt(tokenizer, problem.prompt)
-            render_completion(tokenizer, task.trace(problem, "long"))
+            encode_prompt(tokenizer, problem.prompt)
+            completion_of(tokenizer, task.trace(problem, "long"))
 
 
 def test_the_generation_mask_is_the_completion(task, tokenizer):
     for index in range(10):
         problem = task.generate("train", index)
         text = task.trace(problem, "long")
-        prompt = render_prompt(tokenizer, problem.prompt)
-        completion = render_completion(tokenizer, text)
+        prompt = encode_prompt(tokenizer, problem.prompt)
+        completion = completion_of(tokenizer, text)
         out = tokenizer.apply_chat_template(
             conversation(problem.prompt, text), return_assistant_tokens_mask=True
         )
@@ -109,16 +111,16 @@ def test_a_saved_tokenizer_is_the_same(task, tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     problem = task.generate("train", 0)
     text = task.trace(problem, "long")
-    tokens = render_completion(tokenizer, text)
+    tokens = completion_of(tokenizer, text)
     for loaded in (load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         assert loaded.get_vocab() == tokenizer.get_vocab()
         assert loaded.chat_template == tokenizer.chat_template
         assert loaded.padding_side == "left"
-        assert render_prompt(loaded, problem.prompt) == render_prompt(tokenizer, problem.prompt)
-        assert render_completion(loaded, text) == tokens
-        assert decode_completion(loaded, tokens) == decode_completion(tokenizer, tokens)
+        assert encode_prompt(loaded, problem.prompt) == encode_prompt(tokenizer, problem.prompt)
+        assert completion_of(loaded, text) == tokens
+        assert decode(loaded, tokens) == decode(tokenizer, tokens)
         with pytest.raises(InputError, match="'Ω'"):
-            render_prompt(loaded, "Ω")
+            encode_prompt(loaded, "Ω")
 
 
 def test_a_missing_directory_is_an_error(tmp_path):
@@ -129,33 +131,33 @@ def test_a_missing_directory_is_an_error(tmp_path):
 def test_tokens_are_words_or_characters():
     text = "<think> b = 12 ; </think> <answer> 12 </answer>"
     word = build_tokenizer(("b", "=", "12", ";"))
-    assert word.convert_ids_to_tokens(render_completion(word, text)) == [*text.split(), "<eos>"]
+    assert word.convert_ids_to_tokens(completion_of(word, text)) == [*text.split(), "<eos>"]
     character = build_tokenizer(("b", "=", "12", ";"), level="character")
-    assert character.convert_ids_to_tokens(render_completion(character, text)) == [
+    assert character.convert_ids_to_tokens(completion_of(character, text)) == [
         *("<think>", *"b = 12 ;", "</think>", "<answer>", *"12", "</answer>", "<eos>")
     ]
 
 
 def test_white_space_around_tags_makes_no_tokens(level):
     tokenizer = build_tokenizer(("b", "4"), level=level)
-    spaced = render_completion(tokenizer, " <think>  b\n</think> \n <answer> 4 </answer> ")
-    assert spaced == render_completion(tokenizer, "<think>b</think><answer>4</answer>")
+    spaced = completion_of(tokenizer, " <think>  b\n</think> \n <answer> 4 </answer> ")
+    assert spaced == completion_of(tokenizer, "<think>b</think><answer>4</answer>")
 
 
 def test_decoding_stops_at_the_end_marker_and_drops_padding_only():
     tokenizer = build_tokenizer(("a", "b"))
     text = "<pad> <think> a <user> <unk> </think> <eos> b <eos> <pad>"
     sampled = tokenizer.convert_tokens_to_ids(text.split())
-    assert decode_completion(tokenizer, sampled) == "<think> a <user> <unk> </think>"
-    assert decode_completion(tokenizer, sampled[:4]) == "<think> a <user>"
-    assert decode_completion(tokenizer, []) == ""
+    assert decode(tokenizer, sampled) == "<think> a <user> <unk> </think>"
+    assert decode(tokenizer, sampled[:4]) == "<think> a <user>"
+    assert decode(tokenizer, []) == ""
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [("a = zebra", "'zebra'"), ("a=z", "'z'"), ("a <user> b", "'<user>'"), ("a <eos>", "'<eos>'")],
 )
-@pytest.mark.parametrize("render", [render_prompt, render_completion])
+@pytest.mark.parametrize("render", [encode_prompt, completion_of])
 def test_refused_texts_are_named(render, text, named):
     tokenizer = build_tokenizer(("a", "=", "b"))
     with pytest.raises(InputError, match=named):

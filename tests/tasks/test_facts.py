@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from jaxrl_reason.data.tokenizer import build_tokenizer, decode_completion, render_completion
+from jaxrl_reason.data.chat import decode, encode_completion
+from jaxrl_reason.data.tokenizer import build_tokenizer
 from jaxrl_reason.tasks import Fact, MovingShapes, read_facts, write_facts
 from jaxrl_reason.tasks.facts import opening
 
@@ -44,7 +45,7 @@ def test_facts_survive_a_word_level_tokenizer(fps):
     for index in range(20):
         facts = task.facts(task.generate("train", index))
         assert read_facts(write_facts(facts)) == facts
-        decoded = decode_completion(tokenizer, render_completion(tokenizer, write_facts(facts)))
+        decoded = decode(tokenizer, encode_completion(tokenizer, "", write_facts(facts))[1])
         assert decoded.startswith("< facts > [ time ] 0 -")
         assert read_facts(decoded) == facts
 
