@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxrl_reason.models.attention import Attention, Mix
 from jaxrl_reason.models.attention_rows import row_attention
 from jaxrl_reason.models.config import ModelConfig
-from jaxrl_reason.models.layers import PRODUCT, GatedMLP, RMSNorm
+from jaxrl_reason.models.layers import GatedMLP, RMSNorm, remat
 from jaxrl_reason.models.moe import MoE, RouterStats
 from jaxrl_reason.models.paged import Pages, PageTable, Place, attend_pages
 from jaxrl_reason.models.rotary import Rotation, rotation
@@ -84,23 +84,6 @@ class Ends(nn.Module):
 
     def __call__(self, tokens):
         return self.norm(self.embed(tokens))
-
-
-def _remat(function, policy: str):
-    if policy == "none":
-        return function
-    # The barriers against common subexpressions are for code that no loop separates.
-    checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
-    return checkpoint(function) if policy == "full" else checkpoint(function, policy=_products)
-
-
-_by_name = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-
-
-def _products(primitive, *args, **params) -> bool:
-    """Whether the backward pass keeps a result: of projections and of attention kernels."""
-    cudnn = primitive.name.startswith("dot_product_attention_fwd")
-    return cudnn or _by_name(primitive, *args, **params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +170,7 @@ class Model:
             return x, stats
 
         layers = self._scanned(params["layers"])
-        x, stats = jax.lax.scan(_remat(body, self.config.remat), x, layers)
+        x, stats = jax.lax.scan(remat(body, self.config.remat), x, layers)
         return Ends(self.config).apply({"params": _ends(params)}, x, method="norm"), stats
 
     def visual_features(self, params: Params, visual: Visual) -> dict[str, Array]:

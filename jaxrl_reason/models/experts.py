@@ -59,15 +59,16 @@ class Way(NamedTuple):
     """Blocks that are multiplied at once."""
 
 
-def choose_way(assignments: int, tokens: int, num_experts: int, mesh: AbstractMesh) -> Way:
-    """What suits the device.
+def choose_way(shape: tuple[int, int], num_experts: int, here: int, mesh: AbstractMesh) -> Way:
+    """What suits a device.
 
     Args:
-        assignments: tokens times experts of each.
-        tokens: number of tokens.
+        shape: number of tokens on it, and of experts for each.
         num_experts: experts among which they choose.
+        here: experts on the device.
         mesh: that is set, empty where none is.
     """
+    tokens, assignments = shape[0], shape[0] * shape[1]
     platform = platform_of(mesh)
     if mesh.empty and jax.device_count() > 1:
         return Way("dense")  # arrays may be cut; the others are not partitioned by the compiler
@@ -76,7 +77,7 @@ def choose_way(assignments: int, tokens: int, num_experts: int, mesh: AbstractMe
         return Way("blocks", block=min(half, CPU_BLOCK))
     if platform == "tpu":
         return Way("ragged", block=min(half, TPU_BLOCK))
-    if 3 * assignments <= num_experts:  # to copy an expert's weights is to move them three times
+    if 3 * assignments <= here:  # to copy an expert's weights is to move them three times
         return Way("blocks", block=1, chunk=assignments)
     if tokens <= GPU_FEW_TOKENS:
         return Way("dense")
@@ -107,12 +108,17 @@ def mix_experts(
     mesh = jax.sharding.get_abstract_mesh()
     projections = {name: _cast(p, x.dtype) for name, p in projections.items()}
     num_experts = projections["gate"]["kernel"].shape[0]
-    way = way or choose_way(experts.size, experts.shape[0], num_experts, mesh)
-    mix = functools.partial(
-        _mix_dense if way.name == "dense" else functools.partial(_mix_sorted, way=way),
-        activation=activation,
-        adapter_scale=adapter_scale,
-    )
+
+    def mix(x, experts, weights, projections):
+        here = projections["gate"]["kernel"].shape[0]
+        chosen = way or choose_way(experts.shape, num_experts, here, mesh)
+        if chosen.name == "dense":
+            run = _mix_dense
+        else:
+            run = functools.partial(_mix_sorted, way=chosen)
+        settings = {"activation": activation, "adapter_scale": adapter_scale}
+        return run(x, experts, weights, projections, **settings)
+
     return _per_device(mix, mesh, x, experts, weights, projections)
 
 

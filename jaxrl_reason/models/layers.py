@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.config import ModelConfig, RematPolicy
 
 PRODUCT = "product"
 """Name of the results that `remat="dots"` keeps for the backward pass; the rest is cheap."""
@@ -169,3 +169,21 @@ class GatedMLP(nn.Module):
 def activation(config: ModelConfig) -> Callable[[Array], Array]:
     """`hidden_act` as a function."""
     return {"silu": nn.silu, "gelu_tanh": nn.gelu}[config.hidden_act]
+
+
+def remat(function: Callable, policy: RematPolicy) -> Callable:
+    """A function of one layer, of which the backward pass keeps what the policy says."""
+    if policy == "none":
+        return function
+    # The barriers against common subexpressions are for code that no loop separates.
+    checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
+    return checkpoint(function) if policy == "full" else checkpoint(function, policy=_products)
+
+
+_by_name = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+
+
+def _products(primitive, *args, **params) -> bool:
+    """Whether the backward pass keeps a result: of projections and of attention kernels."""
+    cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return cudnn or _by_name(primitive, *args, **params)

@@ -1,7 +1,7 @@
 """Shapes of published models, to plan a run or to train their architecture from scratch.
 
-Facts of the configurations on the hub; `from_pretrained` reads those themselves. Where versions of a
-size differ in rms_norm_eps or the longest sequence, these are the instruction-tuned ones.
+Facts of the configurations on the hub; `from_pretrained` reads those themselves. Where versions of
+a size differ in rms_norm_eps or the longest sequence, these are the instruction-tuned ones.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_reason.models.attention import attend
 from jaxrl_reason.models.config import ModelConfig
-from jaxrl_reason.models.layers import PRODUCT, Projection
+from jaxrl_reason.models.layers import PRODUCT, Projection, remat
 from jaxrl_reason.models.rotary import Rotation, rotate
 from jaxrl_reason.models.vision_config import VisionConfig
 
@@ -280,7 +280,7 @@ def _scan_blocks(config: ModelConfig, layers: Params, x: Float[Array, "R P D"], 
             ids = jnp.where(full, ids, inputs["patch_windows"])
         return _apply(VisionBlock(config), layer, x, rotation, ids)
 
-    block = _remat(block, config)
+    block = remat(block, config.remat)
 
     def body(carry, of_layer):
         x, levels = carry
@@ -294,14 +294,6 @@ def _scan_blocks(config: ModelConfig, layers: Params, x: Float[Array, "R P D"], 
     each = (layers, jnp.asarray(v.full_layers), jnp.asarray(slots, jnp.int32))
     (x, levels), _ = jax.lax.scan(body, (x, levels), each)
     return x, levels[: len(deep)]
-
-
-def _remat(function, config: ModelConfig):
-    if config.remat == "none":
-        return function
-    by_name = jax.checkpoint_policies.save_only_these_names(PRODUCT)
-    policy = by_name if config.remat == "dots" else None
-    return jax.checkpoint(function, prevent_cse=False, policy=policy)
 
 
 def init_vision(config: ModelConfig, key: Array) -> Params:

@@ -185,10 +185,27 @@ def test_unchosen_experts_and_padding_cost_nothing():
 def test_the_way_suits_the_platform(monkeypatch, platform, tokens, per_token, num_experts, way):
     monkeypatch.setattr(experts, "platform_of", lambda mesh: platform)
     mesh = AbstractMesh((8,), ("data",))
-    assert choose_way(tokens * per_token, tokens, num_experts, mesh) == way
+    assert choose_way((tokens, per_token), num_experts, num_experts, mesh) == way
     # Arrays may be cut over devices that nobody told of.
     nobody = AbstractMesh((), ())
-    assert choose_way(tokens * per_token, tokens, num_experts, nobody) == Way("dense")
+    assert choose_way((tokens, per_token), num_experts, num_experts, nobody) == Way("dense")
+
+
+def test_the_way_is_chosen_for_what_a_device_computes(monkeypatch):
+    seen = []
+
+    def choose(*args):
+        seen.append(args[:3])
+        return Way("dense")
+
+    monkeypatch.setattr(experts, "choose_way", choose)
+    x, chosen, weights, projections = given(tokens=64)
+    run = lambda *args: mix_experts(*args, activation=jax.nn.silu)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, expert=4))):
+        narrow = jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), (weights, projections))
+        jax.eval_shape(run, jnp.asarray(x, jnp.float32), jnp.asarray(chosen), *narrow)
+    # The tokens of four devices, for two of eight experts.
+    assert seen == [((32, 3), 8, 2)]
 
 
 # The module

@@ -32,7 +32,7 @@ from jaxrl_reason.models.vision_names import (
     vision_tensors,
     vision_to_hf,
 )
-from jaxrl_reason.sharding import DEFAULT_RULES, AxisRules, tree_shardings
+from jaxrl_reason.sharding import DEFAULT_RULES, tree_shardings
 
 # Windows of 2 x 2 merged tokens, heads of 12 channels.
 WINDOWED = VisionConfig(
@@ -412,7 +412,7 @@ def test_every_parameter_has_an_axis_name_for_every_dimension(v):
     ranks = jax.tree.map(len, axes, is_leaf=is_names)
     assert ranks == jax.tree.map(lambda x: len(x.shape), shapes)
     names = set(itertools.chain(*jax.tree.leaves(axes, is_leaf=is_names)))
-    assert names <= {*DEFAULT_RULES.rules, "patch"}
+    assert names <= DEFAULT_RULES.rules.keys()
     assert sum(x.size for x in jax.tree.leaves(shapes)) == v.num_parameters
 
 
@@ -420,8 +420,7 @@ def test_cut_over_devices_features_are_the_same(mesh8):
     v = dataclasses.replace(DEEP, deepstack_visual_indexes=(2,))
     config, params = make(v)
     inputs = inputs_of(v, ROWS * 2)
-    rules = AxisRules({**DEFAULT_RULES.rules, "patch": None})
-    shardings = tree_shardings(mesh8, vision_axes(config), params, rules)
+    shardings = tree_shardings(mesh8, vision_axes(config), params)
     rows = jax.sharding.NamedSharding(mesh8, jax.sharding.PartitionSpec(("data", "fsdp")))
     cut = features_of(config, jax.device_put(params, shardings), jax.device_put(inputs, rows))
     for a, b in zip(cut, features_of(config, params, inputs), strict=True):
