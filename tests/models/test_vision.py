@@ -76,7 +76,7 @@ def model_config(v, **changes):
         vocab_size=10,
         hidden_size=v.out_hidden_size,
         intermediate_size=16,
-        num_hidden_layers=1,
+        num_hidden_layers=3,
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=4,
