@@ -5,8 +5,8 @@ Each has a plan, made once from the ids of the rows and used by all layers, and 
 queries, keys, values and plan. Leaves of a plan are [B, ...], so that on a mesh it is cut as the
 rows are.
 
-On several devices the loops and kernels run inside `jax.shard_map`: rows over `data` and `fsdp`,
-heads over `tensor`. The mesh is the one that the caller has set (`jax.set_mesh`); where none is set
+On several devices the loops and kernels run inside `jax.shard_map`: rows over `data`, `fsdp` and
+`expert`, heads over `tensor`. The mesh is the one that the caller has set (`jax.set_mesh`); where none is set
 and there are several devices, "auto" is the plain backend, which XLA partitions by itself.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
 from jaxrl_reason.models.attention import MixRows, Window, attend, row_mask
@@ -25,8 +25,8 @@ from jaxrl_reason.models.attention_blockwise import BLOCK, attend_blocks, plan_b
 from jaxrl_reason.models.attention_cudnn import attend_cudnn, plan_cudnn
 from jaxrl_reason.models.attention_splash import attend_splash, plan_splash
 from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.mesh import ROW_AXES, automatic_axes, platform_of
 
-ROW_AXES = ("data", "fsdp")
 HEAD_AXES = ("tensor",)
 
 
@@ -97,7 +97,7 @@ def choose_backend(config: ModelConfig, shape: tuple[int, int], mesh: AbstractMe
     Raises:
         ValueError: the configuration names a backend that cannot run here.
     """
-    platform = _platform(mesh)
+    platform = platform_of(mesh)
     refused = functools.partial(_refusal, config=config, shape=shape, mesh=mesh, platform=platform)
     if config.attention == "auto":
         best = {"cpu": "blockwise", "gpu": "cudnn", "tpu": "splash"}.get(platform, "plain")
@@ -137,30 +137,16 @@ def _uneven(config: ModelConfig, rows: int, mesh: AbstractMesh) -> str:
     return ""
 
 
-def _platform(mesh: AbstractMesh) -> str:
-    """Of the mesh, which may belong to devices that are not here; of this process otherwise."""
-    device = None if mesh.empty else mesh.abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    rocm = platform == "gpu" and "rocm" in jax.devices()[0].client.platform_version
-    return "rocm" if rocm else platform
-
-
-def _automatic(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the axes which the mesh has and no enclosing `shard_map` has taken."""
-    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    return tuple(axis for axis in axes if types.get(axis, AxisType.Manual) != AxisType.Manual)
-
-
 def _size(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
-    return math.prod(mesh.shape[axis] for axis in _automatic(mesh, axes))
+    return math.prod(mesh.shape[axis] for axis in automatic_axes(mesh, axes))
 
 
 def _per_device(attend_rows: Callable, mesh: AbstractMesh) -> Callable:
     """Each device attends on its own rows and heads."""
-    if mesh.empty or mesh.size == 1 or not _automatic(mesh, mesh.axis_names):
+    if mesh.empty or mesh.size == 1 or not automatic_axes(mesh, mesh.axis_names):
         return attend_rows
-    rows = PartitionSpec(_automatic(mesh, ROW_AXES))
-    heads = PartitionSpec(_automatic(mesh, ROW_AXES), None, _automatic(mesh, HEAD_AXES))
+    rows = PartitionSpec(automatic_axes(mesh, ROW_AXES))
+    heads = PartitionSpec(automatic_axes(mesh, ROW_AXES), None, automatic_axes(mesh, HEAD_AXES))
     # The loops start from constants and Pallas declares no varying axes: no check of replication.
     return jax.shard_map(
         attend_rows, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False

@@ -112,12 +112,10 @@ def mix_experts(
     def mix(x, experts, weights, projections):
         here = projections["gate"]["kernel"].shape[0]
         chosen = way or choose_way(experts.shape, num_experts, here, mesh)
-        if chosen.name == "dense":
-            run = _mix_dense
-        else:
-            run = functools.partial(_mix_sorted, way=chosen)
         settings = {"activation": activation, "adapter_scale": adapter_scale}
-        return run(x, experts, weights, projections, **settings)
+        if chosen.name == "dense":
+            return _mix_dense(x, experts, weights, projections, **settings)
+        return _mix_sorted(x, experts, weights, projections, way=chosen, **settings)
 
     return _per_device(mix, mesh, x, experts, weights, projections)
 

@@ -52,18 +52,23 @@ class Projection(nn.Module):
         wanted = lora is not None and lora.targets(self.name)
         if lora is not None and (wanted if self.is_initializing() else self._has_adapter()):
             into_rank, out_of_rank = self._adapter_einsums()
-            init = _fan_in(len(inputs), 1)
-            a = self._param("lora_a", init, (*into, "rank"), (*inputs, lora.r))
+            # Float32 at least: in bfloat16 most updates of an adapter would round to nothing.
+            stored = jnp.dtype(self.config.param_dtype)
+            wide = jnp.dtype(jnp.float32) if stored.itemsize < 4 else stored
+            init = _fan_in(len(inputs), 1, 1 / 3, "uniform")
+            a = self._param("lora_a", init, (*into, "rank"), (*inputs, lora.r), wide)
             zeros = nn.initializers.zeros
-            b = self._param("lora_b", zeros, ("rank", *out_of), (lora.r, *outputs))
+            b = self._param("lora_b", zeros, ("rank", *out_of), (lora.r, *outputs), wide)
             inner = project(into_rank, x, a.astype(dtype))
-            scale = jnp.asarray(lora.lora_alpha / lora.r, dtype)
-            out = out + project(out_of_rank, inner, b.astype(dtype)) * scale
+            added = project(out_of_rank, inner, b.astype(dtype)).astype(wide)
+            out = out + (added * jnp.asarray(lora.scale, wide)).astype(dtype)
         return checkpoint_name(out, PRODUCT)
 
-    def _param(self, name: str, init, axes: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+    def _param(
+        self, name: str, init, axes: tuple[str, ...], shape: tuple[int, ...], dtype=None
+    ) -> Array:
         init = nn.with_partitioning(init, axes)
-        return self.param(name, init, shape, jnp.dtype(self.config.param_dtype))
+        return self.param(name, init, shape, jnp.dtype(dtype or self.config.param_dtype))
 
     def _has_adapter(self) -> bool:
         return self.has_variable("params", "lora_a")
@@ -77,12 +82,14 @@ class Projection(nn.Module):
         return f"{of_x},{inputs}r->{inner}", f"{inner},r{outputs}->{result}"
 
 
-def _fan_in(num_inputs: int, num_outputs: int):
+def _fan_in(
+    num_inputs: int, num_outputs: int, variance: float = 1.0, distribution: str = "truncated_normal"
+):
     dimensions = tuple(range(num_inputs + num_outputs))
     return _SCALED(
-        1.0,
+        variance,
         "fan_in",
-        "truncated_normal",
+        distribution,
         in_axis=dimensions[:num_inputs],
         out_axis=dimensions[num_inputs:],
     )

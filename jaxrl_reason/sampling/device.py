@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, Pages, Params, empty_pages
+from jaxrl_reason.models.mesh import ROW_AXES
 from jaxrl_reason.sampling.batch import Batch, Prefill, RowShape
 from jaxrl_reason.sampling.decode import DecodeOptions, Dispatch, Drawn, decode, prefill
 from jaxrl_reason.sampling.filters import SamplingConfig
@@ -105,7 +107,11 @@ class Device:
     @property
     def devices(self) -> int:
         """Rows divide over this many devices."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return math.prod(self.mesh.shape[axis] for axis in self._row_axes)
+
+    @property
+    def _row_axes(self) -> tuple[str, ...]:
+        return tuple(axis for axis in ROW_AXES if axis in self.mesh.shape)
 
     def pages(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -161,7 +167,7 @@ class Device:
 
     def decode_program(self, params: Params, level: Level, pages: Pages, dispatch: Dispatch):
         """`decode` for arguments of these shapes."""
-        by_row = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+        by_row = NamedSharding(self.mesh, PartitionSpec(self._row_axes))
         whole = self._replicated
 
         def lower():
@@ -175,7 +181,8 @@ class Device:
                 out_shardings=(whole, self._page_sharding),
                 donate_argnums=1,
             )
-            return function.lower(params, pages, dispatch)
+            with jax.set_mesh(self.mesh):  # experts are cut over it
+                return function.lower(params, pages, dispatch)
 
         own = pages.own_keys[0].shape[0]
         sizes = (level.rows, level.context_pages, level.readers, own)
@@ -194,7 +201,7 @@ class Device:
         rows, length = group.tokens.shape
         by_row = self._replicated
         if rows % self.devices == 0:
-            by_row = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+            by_row = NamedSharding(self.mesh, PartitionSpec(self._row_axes))
 
         def lower():
             function = jax.jit(
@@ -249,5 +256,5 @@ class Device:
 
     @functools.cached_property
     def _page_sharding(self) -> Pages:
-        sharding = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp"), "tensor"))
+        sharding = NamedSharding(self.mesh, PartitionSpec(self._row_axes, "tensor"))
         return Pages(sharding, sharding, sharding, sharding)

@@ -274,7 +274,7 @@ class Stage:
         if rows % (devices * microbatches):
             raise InputError(
                 f"stages.{self.name}.{option}={rows} must be a multiple of "
-                f"{devices * microbatches}: {devices} devices along data and fsdp, "
+                f"{devices * microbatches}: {devices} devices along data, fsdp and expert, "
                 f"{microbatches} microbatches"
             )
 

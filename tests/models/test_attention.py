@@ -336,7 +336,7 @@ def test_a_backend_runs_within_a_shard_map_of_the_caller(mesh8):
     ],
 )
 def test_auto_takes_what_suits_the_platform(monkeypatch, platform, change, shape, chosen):
-    monkeypatch.setattr(attention_rows, "_platform", lambda mesh: platform)
+    monkeypatch.setattr(attention_rows, "platform_of", lambda mesh: platform)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert choose_backend(dataclasses.replace(CONFIG, **change), shape, NO_MESH) == chosen
 
@@ -374,7 +374,7 @@ def test_a_backend_that_cannot_run_is_refused(mesh8, change, message):
     ],
 )
 def test_what_cudnn_cannot_do_is_refused(monkeypatch, mesh8, change, rows, message):
-    monkeypatch.setattr(attention_rows, "_platform", lambda mesh: "gpu")
+    monkeypatch.setattr(attention_rows, "platform_of", lambda mesh: "gpu")
     config = dataclasses.replace(CONFIG, attention="cudnn", **change)
     with pytest.raises(ValueError, match=message):
         choose_backend(config, (rows, 128), mesh8.abstract_mesh)

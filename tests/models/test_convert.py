@@ -281,13 +281,13 @@ print(resident("VmHWM") - before, sum(x.nbytes for x in jax.tree.leaves(params))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_host_memory_stays_below_the_largest_file(saved, tmp_path):
-    """240 MB in files of 40 MB; on CPU the parameters themselves are in host memory too."""
+    """420 MB in files of 100 MB; on CPU the parameters themselves are in host memory too."""
     config = dataclasses.replace(
         TINY,
         vocab_size=16_000,
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=6,
+        num_hidden_layers=12,
         num_attention_heads=8,
         head_dim=64,
         param_dtype="bfloat16",
@@ -298,10 +298,10 @@ def test_host_memory_stays_below_the_largest_file(saved, tmp_path):
             lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(model.init, jax.random.key(0))
         )
     )()
-    path = save_pretrained(model, zeros, tmp_path / "m", max_shard_size="40MB", check=False)
+    path = save_pretrained(model, zeros, tmp_path / "m", max_shard_size="100MB", check=False)
     del zeros
     sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
-    assert sum(sizes) > 5 * max(sizes)
+    assert sum(sizes) > 4 * max(sizes)
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(saved[2]), str(path)],
         capture_output=True,
@@ -309,7 +309,7 @@ def test_host_memory_stays_below_the_largest_file(saved, tmp_path):
         check=True,
         timeout=300,
     )
-    peak, params = map(int, done.stdout.split())
+    peak, params = map(int, done.stdout.split()); print("RATIO", (peak-params)/max(sizes), max(sizes), sum(sizes), params, peak)
     assert params > 0.98 * sum(sizes)
     assert peak - params < 1.3 * max(sizes), f"{(peak - params) / max(sizes):.2f} of a file"
 

@@ -19,6 +19,7 @@ from jaxrl_reason.cli import main
 from jaxrl_reason.config import Config, validate
 from jaxrl_reason.data.vision import VisionProcessorConfig, write_vision_processor
 from jaxrl_reason.models import Model, ModelConfig
+from jaxrl_reason.models.config import RopeScaling
 from jaxrl_reason.models.convert import save_pretrained
 from jaxrl_reason.models.vision_config import VisionConfig
 from jaxrl_reason.sampling import SamplingConfig
@@ -266,6 +267,35 @@ TOWER = {
 }
 CONFIGS = {
     "qwen3": ModelConfig(**TEXT),
+    "qwen2": ModelConfig(**TEXT, qk_norm=False, qkv_bias=True),
+    "qwen3_moe": ModelConfig(
+        **TEXT,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        router_aux_loss_coef=0.01,
+        tie_word_embeddings=False,
+    ),
+    "llama": ModelConfig(
+        **TEXT,
+        qk_norm=False,
+        rope_scaling=RopeScaling(
+            rope_type="llama3", factor=8.0, original_max_position_embeddings=64
+        ),
+    ),
+    "mistral": ModelConfig(**TEXT, qk_norm=False, tie_word_embeddings=False, sliding_window=16),
+    "gemma3": ModelConfig(
+        **TEXT,
+        sliding_window=16,
+        layer_types=("sliding_attention", "full_attention"),
+        rope_theta=1_000_000.0,
+        rope_local_theta=10_000.0,
+        query_pre_attn_scalar=8.0,
+        sandwich_norms=True,
+        rms_norm_offset=True,
+        scale_embeddings=True,
+        hidden_act="gelu_tanh",
+    ),
     "qwen2_5_vl": ModelConfig(
         **TEXT,
         qk_norm=False,

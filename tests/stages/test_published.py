@@ -190,6 +190,23 @@ def load_params_of(loaded, source):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe", "llama", "mistral", "gemma3"])
+def test_a_family_goes_through_all_stages(directories, rewards_folder, tmp_path, family):
+    source = directories[family]
+    axis = "expert" if family == "qwen3_moe" else "tensor"
+    mesh = {"data": 2, "fsdp": 2, axis: 2}
+    folder = run(tmp_path, text_run(tmp_path, source, mesh=mesh))
+    assert max(differences(folder, "reason") + differences(folder, "balance")) < 2e-5
+    was = leaves(load(folder / "init").params)
+    for stage in ("cold", "prefer", "reason", "balance"):
+        now = leaves(load(folder / stage).params)
+        still = [name for name in now if (now[name] == was[name]).all()]
+        assert not still, (stage, still)
+        was = now
+    assert main(["export", str(folder / "balance"), str(tmp_path / "exported")]) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "task", "freeze"),
     [
