@@ -6,8 +6,9 @@ queries, keys, values and plan. Leaves of a plan are [B, ...], so that on a mesh
 rows are.
 
 On several devices the loops and kernels run inside `jax.shard_map`: rows over `data`, `fsdp` and
-`expert`, heads over `tensor`. The mesh is the one that the caller has set (`jax.set_mesh`); where none is set
-and there are several devices, "auto" is the plain backend, which XLA partitions by itself.
+`expert`, heads over `tensor`. The mesh is the one that the caller has set (`jax.set_mesh`); where
+none is set and there are several devices, "auto" is the plain backend, which XLA partitions by
+itself.
 """
 
 import functools

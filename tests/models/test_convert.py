@@ -309,7 +309,7 @@ def test_host_memory_stays_below_the_largest_file(saved, tmp_path):
         check=True,
         timeout=300,
     )
-    peak, params = map(int, done.stdout.split()); print("RATIO", (peak-params)/max(sizes), max(sizes), sum(sizes), params, peak)
+    peak, params = map(int, done.stdout.split())
     assert params > 0.98 * sum(sizes)
     assert peak - params < 1.3 * max(sizes), f"{(peak - params) / max(sizes):.2f} of a file"
 
