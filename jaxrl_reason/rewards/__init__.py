@@ -14,7 +14,7 @@ from jaxrl_reason.rewards.scoring import (
     score,
     score_async,
 )
-from jaxrl_reason.rewards.verified import accuracy, format_followed, make_length_reward
+from jaxrl_reason.rewards.verified import accuracy, format_followed, graded, make_length_reward
 
 __all__ = [
     "RewardFunction",
@@ -23,6 +23,7 @@ __all__ = [
     "extract_answer",
     "format_followed",
     "gold_answer",
+    "graded",
     "load_function",
     "make_length_reward",
     "make_overlong_reward",

@@ -1,6 +1,7 @@
 """Rewards that read the verdict of a task's verifier, passed as the column `verdict`.
 
-A verdict has the booleans `correct` and `formatted`. Lengths are counted in tokens.
+A verdict has the booleans `correct` and `formatted`, and a `score` from 0 to 1. Lengths are counted
+in tokens.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,11 @@ class Verdict(Protocol):
     correct: bool
     formatted: bool
 
+    @property
+    def score(self) -> float:
+        """1 for correct and 0 for wrong, or a grade between them."""
+        ...
+
 
 def accuracy(
     prompts: Sequence[str], completions: Sequence[str], *, verdict: Sequence[Verdict], **_: Any
@@ -28,6 +34,13 @@ def format_followed(
 ) -> list[float]:
     """1 if the completion has the task's layout, else 0."""
     return [float(v.formatted) for v in verdict]
+
+
+def graded(
+    prompts: Sequence[str], completions: Sequence[str], *, verdict: Sequence[Verdict], **_: Any
+) -> list[float]:
+    """The verifier's score, such as the overlap of two intervals; `accuracy` where it has none."""
+    return [float(v.score) for v in verdict]
 
 
 def make_length_reward(low: int, high: int) -> RewardFunction:

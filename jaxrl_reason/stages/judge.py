@@ -15,6 +15,7 @@ from jaxrl_reason.rewards import (
     Scores,
     accuracy,
     format_followed,
+    graded,
     load_function,
     make_length_reward,
     make_overlong_reward,
@@ -121,7 +122,7 @@ def reward_functions(
             return make_length_reward(reward.low, reward.high)
         if reward.kind == "overlong":
             return make_overlong_reward(reward.cache, max_completion_length)
-        return {"accuracy": accuracy, "format": format_followed}[reward.kind]
+        return {"accuracy": accuracy, "format": format_followed, "grade": graded}[reward.kind]
 
     return {reward_name(reward): function(reward) for reward in rewards}
 

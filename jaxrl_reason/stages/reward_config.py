@@ -25,6 +25,13 @@ class AccuracyReward(Reward):
     """`accuracy`: 0 or 1 by the verifier."""
 
 
+class GradeReward(Reward):
+    """The verifier's score from 0 to 1, where an answer can be partly right."""
+
+    kind: Literal["grade"]
+    """`grade`: the overlap of intervals in `moving_shapes`; as `accuracy` where there is none."""
+
+
 class FormatReward(Reward):
     """1 if the completion is one think block followed by one answer block."""
 
@@ -72,7 +79,7 @@ class PythonReward(Reward):
 
 
 AnyReward = Annotated[
-    AccuracyReward | FormatReward | LengthReward | OverlongReward | PythonReward,
+    AccuracyReward | GradeReward | FormatReward | LengthReward | OverlongReward | PythonReward,
     Field(discriminator="kind"),
 ]
 

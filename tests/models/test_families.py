@@ -126,6 +126,13 @@ CASES = {
 }
 ONE_A_FAMILY = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma3")
 
+
+def slow_but(*quick, names=ONE_A_FAMILY):
+    """Cases, of which all but some are for the long suite."""
+    slow = lambda name: pytest.param(name, marks=() if name in quick else pytest.mark.slow)
+    return pytest.mark.parametrize("name", [*map(slow, names)])
+
+
 # Documents of a batch: longer than every window, of odd lengths.
 LENGTHS = (19, 7, 23)
 
@@ -218,7 +225,7 @@ def test_log_probs_of_packed_rows(references, ours, name):
     assert np.abs(got - np.concatenate(alone)).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
+@slow_but("qwen2", "qwen3_moe", "gemma3")
 def test_gradients(references, ours, name, tmp_path):
     """Of the mean log-prob of the next tokens, for every parameter, by its name in the file."""
     tokens, positions, mask = padded("right")
@@ -258,7 +265,7 @@ def test_gradients(references, ours, name, tmp_path):
         assert scale > 1e-6 or ".experts." in tensor, f"{tensor} has no gradient"
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
+@slow_but("qwen3_moe", "gemma3")
 def test_greedy_continuation(references, ours, name):
     """64 tokens of prompts of two lengths, beyond every window."""
     model, params = ours(name)
@@ -271,7 +278,7 @@ def test_greedy_continuation(references, ours, name):
         max_prompt_length=9,
         max_completion_length=64,
         max_rows=2,
-        page_size=16,
+        page_size=32,
     )
     rollout = sample(engine, params, prompts, jax.random.key(0), pad_id=0)
     for prompt, got in zip(prompts, rollout.tokens, strict=True):
@@ -290,7 +297,7 @@ def test_greedy_continuation(references, ours, name):
         assert got.tolist() == wanted
 
 
-@pytest.mark.parametrize("name", CASES)
+@slow_but(*ONE_A_FAMILY, names=CASES)
 def test_export_transformers_import_is_the_identity(references, ours, name, tmp_path):
     (_, published), (model, params) = references(name), ours(name)
     save_pretrained(model, params, tmp_path / "ours")
@@ -320,7 +327,7 @@ def test_bfloat16_stays_near_float32(references, ours, name):
     assert 1e-4 < off.mean() < 0.03, off.mean()
 
 
-@pytest.mark.parametrize("name", ONE_A_FAMILY)
+@slow_but("qwen3", "qwen3_moe", "gemma3")
 def test_a_deep_model_has_its_layers_once(ours, name):
     """The program for 24 layers has as many products as that for 4."""
 

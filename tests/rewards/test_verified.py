@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from jaxrl_reason.rewards import accuracy, format_followed, make_length_reward
+from jaxrl_reason.rewards import accuracy, format_followed, graded, make_length_reward
+from jaxrl_reason.tasks import Verdict as TaskVerdict
 
 
 class Verdict(NamedTuple):
@@ -20,6 +21,13 @@ def test_accuracy_and_format_follow_the_verdict():
     given = {"verdict": verdicts, "completion_ids": [[1]] * 3, "answer": ["4"] * 3}
     assert accuracy(["p"] * 3, ["c"] * 3, **given) == [1.0, 0.0, 0.0]
     assert format_followed(["p"] * 3, ["c"] * 3, **given) == [1.0, 1.0, 0.0]
+
+
+def test_the_grade_is_the_verifiers_score():
+    verdict = {"formatted": True, "answer": "2 - 4", "reason": ""}
+    partly = TaskVerdict(correct=False, grade=0.25, **verdict)
+    plain = TaskVerdict(correct=True, **verdict)
+    assert graded(["p"] * 2, ["c"] * 2, verdict=[partly, plain]) == [0.25, 1.0]
 
 
 @pytest.mark.parametrize(
