@@ -36,6 +36,12 @@ from jaxrl_reason.models.lora import has_adapter, merge_lora
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_VISUAL_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
 _CHECKED_TOKENS = 16
 _TOLERANCE = 1e-4
 """Of logits, relative to the largest. The weights are the same bit for bit, and usually so is the
@@ -156,6 +162,11 @@ def _set_tokens(hf: PretrainedConfig, tokenizer, *, keep: bool) -> None:
         known = None if tokenizer is None else getattr(tokenizer, name)
         if known is not None or not keep:
             setattr(text, name, known)
+    if tokenizer is not None and hasattr(hf, "vision_config"):
+        vocabulary = tokenizer.get_vocab()
+        for name, token in _VISUAL_TOKENS.items():
+            if token in vocabulary:
+                setattr(hf, name, vocabulary[token])
 
 
 def _write_rest(directory: Path, hf: PretrainedConfig, tokenizer, source: Path | None) -> None:
