@@ -260,6 +260,23 @@ def test_what_is_no_directory_and_no_repository(tmp_path):
         from_pretrained("nobody/nothing")
 
 
+def test_a_repository_of_the_hub_is_a_directory_of_its_cache(saved, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    model, params, path = saved
+    cache = tmp_path / "models--org--tiny"
+    shutil.copytree(path, cache / "snapshots" / ("0" * 40))
+    for branch, commit in (("main", "f" * 40), ("wanted", "0" * 40)):
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / branch).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    again, read = from_pretrained("org/tiny", revision="wanted")
+    assert again == model
+    assert_equal(read, params)
+    with pytest.raises(InputError, match="the hub did not give it"):
+        from_pretrained("org/tiny")
+
+
 MEMORY = """
 import sys
 from pathlib import Path
@@ -347,6 +364,20 @@ def test_what_a_directory_holds(tmp_path):
     assert generation["eos_token_id"] == tokenizer.eos_token_id
     again = PreTrainedTokenizerFast.from_pretrained(path)
     assert again.get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_tokenizer_says_which_tokens_stand_for_images(tmp_path):
+    tokenizer = build_tokenizer(["one"])
+    marks = ("<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|vision_end|>")
+    tokenizer.add_tokens(list(marks), special_tokens=True)
+    config = dataclasses.replace(SHAPES["qwen3-vl"], vocab_size=len(tokenizer))
+    model, params = make(config)
+    path = save_pretrained(model, params, tmp_path / "model", tokenizer=tokenizer, check=False)
+    written = json.loads((path / "config.json").read_text())
+    names = ("vision_start", "image", "video", "vision_end")
+    ids = [written[f"{name}_token_id"] for name in names]
+    assert ids == tokenizer.convert_tokens_to_ids(marks)
+    assert written["text_config"]["eos_token_id"] == tokenizer.eos_token_id
 
 
 def test_files_are_as_large_as_asked_for(saved, tmp_path):

@@ -368,6 +368,8 @@ def hf(family, **changes):
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step=2"),
         ("qwen3", {"rope_parameters": PLAIN | {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
         ("qwen3", {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ("mistral", {"sliding_window": 0}, "this mistral model is not supported: sliding_window=0"),
+        ("llama", {"rope_parameters": LLAMA3 | {"factor": -1.0}}, "factor=-1.0 must be positive"),
         ("gpt2", {}, "model_type='gpt2' is not supported; one of qwen2"),
     ],
 )

@@ -121,6 +121,12 @@ def visual_run(directory, task, **changes):
                 "optimizer": OPTIMIZER,
             },
             "reason": {"kind": "grpo", "parent": "cold", "beta": 0.1, **POLICY},
+            "balance": {
+                "kind": "morl",
+                "parent": "reason",
+                "aggregator_options": {"min_std": 0.01},
+                **POLICY,
+            },
         },
         **changes,
     }
@@ -224,14 +230,14 @@ def test_a_model_that_sees_is_trained_and_written(
 
     model = {"path": str(directories[family]), "freeze": list(freeze)}
     folder = run(tmp_path, visual_run(directories[family], task, model=model))
-    assert max(differences(folder, "reason")) < 1e-5
-    first, last = load(folder / "init"), load(folder / "reason")
+    assert max(differences(folder, "reason") + differences(folder, "balance")) < 1e-5
+    first, last = load(folder / "init"), load(folder / "balance")
     was, now = leaves(first.params), leaves(last.params)
     moved = {name.split("/")[0] for name in now if (now[name] != was[name]).any()}
     assert ("vision" in moved) == (not freeze)
     assert "layers" in moved
     out = tmp_path / "exported"
-    assert main(["export", str(folder / "reason"), str(out)]) == 0
+    assert main(["export", str(folder / "balance"), str(out)]) == 0
     theirs = AutoModelForImageTextToText.from_pretrained(out)
     assert sum(p.numel() for p in theirs.parameters()) == last.context.model.config.num_parameters
     tokens = list(range(40, 60))
@@ -241,7 +247,8 @@ def test_a_model_that_sees_is_trained_and_written(
 
 
 @pytest.mark.slow
-def test_pairs_with_images_in_files(directories, tmp_path):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_pairs_with_images_in_files(directories, tmp_path, family):
     """Supervised rows and pairs show images of a folder, and a broken one is named."""
     images = [tmp_path / f"{i}.png" for i in range(2)]
     for i, path in enumerate(images):
@@ -249,7 +256,7 @@ def test_pairs_with_images_in_files(directories, tmp_path):
     shown = [{"images": [str(path)]} for path in images]
     pairs = [{"prompt": "How many?", "chosen": "one", "rejected": "two", **s} for s in shown]
     rows = [{"prompt": "How many?", "completion": "one", **s} for s in shown]
-    config = visual_run(directories["qwen2_5_vl"], "shapes")
+    config = visual_run(directories[family], "shapes")
     common = {"steps": 2, "batch_size": 4, "max_length": 200, "optimizer": OPTIMIZER}
     file = lambda name, rows: {"kind": "file", "path": write_rows(tmp_path / name, rows)}
     config["stages"] = {

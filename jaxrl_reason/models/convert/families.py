@@ -12,7 +12,6 @@ from transformers import AutoConfig, PretrainedConfig
 
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models.config import ModelConfig, RopeScaling
-from jaxrl_reason.models.vision_config import VisionConfig
 from jaxrl_reason.models.vision_names import vision_config_from_hf, vision_config_to_hf
 
 TEXT_FAMILIES = ("qwen2", "qwen3", "qwen3_moe", "llama", "mistral", "gemma3_text")
@@ -67,7 +66,16 @@ def read_config(hf: PretrainedConfig) -> ModelConfig:
     family = hf.model_type
     if family not in FAMILIES:
         raise InputError(f"model_type={family!r} is not supported; one of {', '.join(FAMILIES)}")
-    text = hf.get_text_config()
+    try:
+        return _canonical(_read(hf))
+    except InputError:
+        raise
+    except ValueError as error:  # of our own configurations
+        raise InputError(f"this {family} model is not supported: {error}") from error
+
+
+def _read(hf: PretrainedConfig) -> ModelConfig:
+    family, text = hf.model_type, hf.get_text_config()
     _refuse_unsupported(text)
     heads = text.num_attention_heads
     fields = {name: getattr(text, name) for name in _SAME}
@@ -86,8 +94,8 @@ def read_config(hf: PretrainedConfig) -> ModelConfig:
     if family == "qwen3_moe":
         fields |= {name: getattr(text, name) for name in _EXPERTS}
     if family in VISION_FAMILIES:
-        fields["vision"] = _read_vision(hf)
-    return _canonical(ModelConfig(**fields))
+        fields["vision"] = vision_config_from_hf(hf.vision_config.to_dict())
+    return ModelConfig(**fields)
 
 
 def _refuse_unsupported(text: PretrainedConfig) -> None:
@@ -162,13 +170,6 @@ def _read_scaling(rope: dict[str, Any]) -> RopeScaling | None:
     raise InputError(
         f"rope_type={kind!r} in rope_parameters is not supported; one of default, linear, llama3"
     )
-
-
-def _read_vision(hf: PretrainedConfig) -> VisionConfig:
-    try:
-        return vision_config_from_hf(hf.vision_config.to_dict())
-    except ValueError as error:
-        raise InputError(f"this vision_config is not supported: {error}") from error
 
 
 # Out

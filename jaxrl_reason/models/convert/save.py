@@ -85,8 +85,8 @@ def save_pretrained(
         params: its parameters; they stay as they are.
         path: the directory; it must not exist yet, or be empty.
         tokenizer: saved with the model, and gives the ids of special tokens.
-        like: directory of the model that this one comes from: its other settings, generation
-            defaults, preprocessor and, without a `tokenizer`, its tokenizer are taken over.
+        like: directory or repository of the model that this one comes from: its other settings,
+            generation defaults, preprocessor and, without a `tokenizer`, its tokenizer are kept.
         dtype: of the tensors; by default that of the parameters.
         max_shard_size: of a file, in bytes or as "5GB"; a larger tensor has a file of its own.
         check: read the directory again, and compare weights and logits before it gets its name.
@@ -104,7 +104,7 @@ def save_pretrained(
     if lora is not None and has_adapter(params):
         params = merge_lora(params, lora)
     model = Model(config)
-    source = None if like is None else Path(like)
+    source = None if like is None else find_directory(like, None)
     hf = write_config(config, None if source is None else load_hf_config(source))
     _set_tokens(hf, tokenizer, keep=source is not None)
     hf.dtype = dtype or config.param_dtype
