@@ -82,7 +82,8 @@ def _resolve(choice: ModelChoice, vocab_size: int) -> ModelConfig:
     base = dataclasses.replace(base, lora=choice.lora, freeze=choice.freeze)
     if not choice.changes:
         return base
-    return validate(_Changed, {"changes": {**_plain(base), **choice.changes}}, where).changes
+    whole = _plain(dataclasses.asdict(base)) | choice.changes
+    return validate(_Changed, {"changes": whole}, where).changes
 
 
 _PRESET = "0.7m"
@@ -90,8 +91,8 @@ _PRESET = "0.7m"
 
 def _plain(value: Any) -> Any:
     """As a YAML file would have it."""
-    if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: _plain(x) for name, x in value.items()}
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -365,7 +365,7 @@ class Deep:
     ]
 
 
-# Files, a tokenizer of a published model, images; and a limit that acts in checks alone.
+# Files, a tokenizer of a published model, images, experts; and a limit that acts in checks alone.
 NOT_IN_THIS_RUN = {
     "ChatConfig.chat_template_path",
     "FileData.columns",
@@ -373,6 +373,13 @@ NOT_IN_THIS_RUN = {
     "FileData.split",
     "ModelChoice.revision",
     "ModelConfig.max_position_embeddings",
+    "ModelConfig.moe_intermediate_size",
+    "ModelConfig.mrope_interleaved",
+    "ModelConfig.mrope_section",
+    "ModelConfig.norm_topk_prob",
+    "ModelConfig.num_experts_per_tok",
+    "ModelConfig.rope_local_theta",
+    "ModelConfig.router_aux_loss_coef",
     "RunConfig.max_visual_tokens",
     "SFTConfig.assistant_only_loss",
     "SFTConfig.completion_only_loss",
