@@ -1,8 +1,18 @@
 """Models: static, hashable descriptions with pure functions of their parameters."""
 
+from typing import TYPE_CHECKING, Any
+
 from jaxrl_reason.models.config import PRESETS, ModelConfig, preset
 from jaxrl_reason.models.decoder import Model, Params
 from jaxrl_reason.models.paged import Pages, PageTable, Place, empty_pages, write_contexts
+
+if TYPE_CHECKING:
+    from jaxrl_reason.models.convert import (
+        from_pretrained,
+        load_adapter,
+        save_adapter,
+        save_pretrained,
+    )
 
 __all__ = [
     "PRESETS",
@@ -13,6 +23,19 @@ __all__ = [
     "Params",
     "Place",
     "empty_pages",
+    "from_pretrained",
+    "load_adapter",
     "preset",
+    "save_adapter",
+    "save_pretrained",
     "write_contexts",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Names that load transformers, when they are asked for."""
+    if name in ("from_pretrained", "load_adapter", "save_adapter", "save_pretrained"):
+        from jaxrl_reason.models import convert
+
+        return getattr(convert, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
