@@ -227,6 +227,20 @@ class RunConfig(Config):
         return self
 
     @pydantic.model_validator(mode="after")
+    def _tokenizer_acts(self):
+        if self.model.path is not None and self.task.tokenizer != "word":
+            raise ValueError(
+                f"task.tokenizer={self.task.tokenizer} cannot act beside model.path, which brings "
+                "its own tokenizer; remove it"
+            )
+        if self.model.path is None and self.chat.chat_template_path is not None:
+            raise ValueError(
+                "chat.chat_template_path cannot act without model.path: a tokenizer made for a "
+                "task has its own template; remove it"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _completions_fit(self):
         lengths = {"evaluation": self.evaluation.max_completion_length}
         for name, stage in self.stages.items():

@@ -32,7 +32,7 @@ from jaxrl_reason.stages.eyes import Eyes
 from jaxrl_reason.stages.policy_rows import Sight
 from jaxrl_reason.stages.stage_config import Training
 from jaxrl_reason.steps import partition
-from jaxrl_reason.tasks import Problem, Task
+from jaxrl_reason.tasks import Problem, Task, VisualTask
 
 _PATCH_MULTIPLE = 16  # so that data of another day seldom means another program
 _VOCABULARY_MULTIPLE = 8  # so that the embedding can be cut over the devices of one machine
@@ -58,8 +58,9 @@ class Context:
         """Build the task, tokenizer, model and mesh of a configuration.
 
         Raises:
-            InputError: the model is too short for prompt and completion, the mesh does not fit, or
-                a published model's tokenizer cannot be read or has no chat template.
+            InputError: the model is too short for prompt and completion or reads no images, the
+                mesh does not fit, or a published model's tokenizer cannot be read or has no chat
+                template.
         """
         task, choice = config.task.make(), config.model
         generation: dict[str, Any] = {}
@@ -79,6 +80,7 @@ class Context:
                 f"{choice.path}: the tokenizer has {len(tokenizer)} tokens and the model "
                 f"{model.config.vocab_size}; they do not belong together"
             )
+        _check_eyes(config, task, sees=model.config.vision is not None)
         return cls(
             config=config,
             directory=Path(config.output_dir) / config.name,
@@ -125,8 +127,16 @@ class Context:
     def look(
         self, params: Params, prompts: Sequence[Prompt]
     ) -> tuple[list[Shown] | None, list[Sight] | None]:
-        """What sampling and an update read of what prompts show; None where all is text."""
-        return (None, None) if self._eyes is None else self._eyes.look(params, prompts)
+        """What sampling and an update read of what prompts show; None where all is text.
+
+        Raises:
+            InputError: a prompt shows something and `max_visual_tokens` leaves no room for it.
+        """
+        if self._eyes is not None:
+            return self._eyes.look(params, prompts)
+        if any(prompt.shown is not None and prompt.shown.patches.size for prompt in prompts):
+            raise InputError(f"a prompt shows images or videos; {_ROOM}")
+        return None, None
 
     @functools.cached_property
     def params_shapes(self) -> Params:
@@ -292,6 +302,28 @@ class Stage:
             "code_version": __version__,
             **more,
         }
+
+
+_ROOM = (
+    "set max_visual_tokens to the most tokens that stand for the images and videos of one prompt"
+)
+
+
+def _check_eyes(config: RunConfig, task: Task, *, sees: bool) -> None:
+    """Refuse a task and a model of which only one has to do with images."""
+    shows = isinstance(task, VisualTask)
+    if config.max_visual_tokens is not None and not sees:
+        raise InputError(
+            f"max_visual_tokens={config.max_visual_tokens} cannot act: the model reads text only; "
+            "remove it or choose a vision-language model"
+        )
+    if shows and not sees:
+        raise InputError(
+            f"task {config.task.name!r} shows images or videos and the model reads text only; set "
+            "model.path to a vision-language model or choose another task"
+        )
+    if shows and config.max_visual_tokens is None:
+        raise InputError(f"task {config.task.name!r} shows images or videos; {_ROOM}")
 
 
 def _with_adapter(params: Params, adapter: Params) -> Params:

@@ -206,8 +206,10 @@ class Encoder:
         return row | ({"videos": list(shown.videos)} if shown.videos else {})
 
     def _with_system(self, row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-        if self.system_prompt is None:
-            return row
+        if self.system_prompt is None or column not in row:
+            return (
+                row  # Without its column a row is refused by `rows`, which names what is missing.
+            )
         turns: Turns = row[column]
         messages = as_messages(turns, "user")
         if messages[0]["role"] == "system":

@@ -124,6 +124,16 @@ class SFTConfig(Training):
     assistant_only_loss: bool = True
     """Only turns of the assistant count."""
 
+    @pydantic.model_validator(mode="after")
+    def _masks_act(self):
+        for name in ("completion_only_loss", "assistant_only_loss"):
+            if isinstance(self.data, TraceData) and not getattr(self, name):
+                raise ValueError(
+                    f"{name}=false cannot act with data.kind=traces, of which the completion "
+                    "counts; remove it or use data.kind=file"
+                )
+        return self
+
 
 class DPOConfig(Training):
     """Preference optimisation on pairs: DPO, arXiv 2305.18290, and its relatives."""

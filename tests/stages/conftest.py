@@ -347,8 +347,6 @@ def make_directory(directory: Path, family: str) -> Path:
     save_pretrained(model, params, directory, tokenizer=tokenizer, check=False)
     if model.config.vision is not None:
         ids = {name: tokenizer.convert_tokens_to_ids(x) for name, x in VISUAL_TOKENS.items()}
-        file = directory / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | ids))
         write_vision_processor(_processor(family, model.config.vision, ids), directory)
     return directory
 

@@ -173,6 +173,9 @@ REFUSED = [
     (["stages.cold.batchsize=8"], "unknown key stages.cold.batchsize; did you mean 'batch_size'"),
     (["stages.cold.steps=0"], "steps: got 0; needs int > 0"),
     (["stages.cold.optimizer.learning_rate=.nan"], "learning_rate=nan must be positive"),
+    (["stages.cold.completion_only_loss=false"], "completion_only_loss=false cannot act with data"),
+    (["stages.cold.assistant_only_loss=false"], "assistant_only_loss=false cannot act with data"),
+    (["chat.chat_template_path=x.jinja"], "chat_template_path cannot act without model.path"),
     (["stages.cold.optimizer.min_lr_ratio=0.1"], "min_lr_ratio cannot act"),
     # the run
     (["seed=-1"], "seed: got -1"),
@@ -380,7 +383,6 @@ NOT_IN_THIS_RUN = {
     "ModelConfig.num_experts_per_tok",
     "ModelConfig.rope_local_theta",
     "ModelConfig.router_aux_loss_coef",
-    "RunConfig.max_visual_tokens",
     "SFTConfig.assistant_only_loss",
     "SFTConfig.completion_only_loss",
 }

@@ -15,6 +15,7 @@ from jaxrl_reason import checkpoint
 from jaxrl_reason.cli import main
 from jaxrl_reason.config import validate
 from jaxrl_reason.data.vision import VisionRow
+from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model
 from jaxrl_reason.models.convert import load_params
 from jaxrl_reason.models.lora import without_adapter
@@ -278,13 +279,22 @@ def make(directory, task="shapes", **model):
     return Context.create(validate(RunConfig, raw | {"output_dir": "unused"}, "test"))
 
 
+def alike(prompts):
+    """Two prompts that differ in what they show and in nothing else."""
+    first = {}
+    for prompt in prompts:
+        before = first.setdefault(tuple(prompt.tokens), prompt)
+        if before is not prompt:
+            return [before, prompt]
+    raise AssertionError("no two prompts have the same text")
+
+
 @pytest.fixture(scope="module")
 def sampled(directories):
     """Completions of two prompts of a model that sees, and what the prompts show."""
     context = make(directories["qwen3_vl"], freeze=["vision"])
     params = context.init_params()
-    problems = [context.task.generate("train", i) for i in range(2)]
-    prompts = context.prompts(problems)
+    prompts = alike(context.prompts([context.task.generate("train", i) for i in range(40)]))
     shown, sights = context.look(params, prompts)
     engine = context.engine(SamplingConfig(), 10, max_rows=4, group_size=2)
     rollout = sample(
@@ -296,7 +306,7 @@ def sampled(directories):
         pad_id=context.pad_id,
         shown=shown,
     )
-    return context, params, prompts, sights, rollout
+    return context, params, sights, rollout
 
 
 def rows_of(context, rollout: Rollout, **changes):
@@ -318,7 +328,7 @@ def rows_of(context, rollout: Rollout, **changes):
 
 def test_sampling_and_training_agree_about_what_they_see(sampled):
     """With features that were kept, and with patches that are encoded again."""
-    context, params, prompts, sights, rollout = sampled
+    context, params, sights, rollout = sampled
     logprobs = on_mesh(
         jax.jit(make_batch_logprobs(context.model, temperature=1.0, logprob_chunk_size=None)),
         context.mesh,
@@ -336,9 +346,49 @@ def test_sampling_and_training_agree_about_what_they_see(sampled):
         np.testing.assert_allclose(trained[mask], sampling[mask], atol=2e-5)
     # Other images give other log-probs: they are looked at.
     swapped, _ = rows_of(context, rollout).place(rollout, advantages, None, sights[::-1])
-    if len(prompts[0].tokens) == len(prompts[1].tokens):
-        other = np.asarray(logprobs(params, swapped))
-        assert np.abs(other - found[0][1]).max() > 1e-4
+    other = np.asarray(logprobs(params, swapped))
+    assert np.abs(other - found[0][1]).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "changes", "message"),
+    [
+        ("qwen3_vl", "shapes", {"max_visual_tokens": None}, "shows images or videos; set max_vis"),
+        ("qwen3", "shapes", {"max_visual_tokens": None}, "the model reads text only; set model.p"),
+        ("qwen3", "arithmetic", {}, "max_visual_tokens=64 cannot act: the model reads text only"),
+    ],
+)
+def test_a_task_and_a_model_that_do_not_see_alike_are_refused(
+    directories, family, task, changes, message
+):
+    raw = visual_run(directories[family], task) | {"output_dir": "unused"} | changes
+    with pytest.raises(InputError, match=message):
+        Context.create(validate(RunConfig, raw, "test"))
+
+
+def test_prompts_of_a_file_that_show_images_need_room(directories, tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(path)
+    row = {"images": [str(path)], "answer": "1"}
+    raw = visual_run(directories["qwen3_vl"], "dataset", stages={}, max_visual_tokens=None)
+    rows = [{**row, "prompt": f"How many are larger than {n}?"} for n in range(12)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    raw["task"]["options"] = {"source": source, "test_fraction": 0.5}
+    context = Context.create(validate(RunConfig, raw | {"output_dir": "unused"}, "test"))
+    with pytest.raises(InputError, match="a prompt shows images or videos; set max_visual_tokens"):
+        context.look({}, context.prompts([context.task.generate("train", 0)]))
+
+
+def test_a_row_without_its_columns_is_named_also_with_a_system_prompt(
+    directories, tmp_path, capsys
+):
+    config = text_run(tmp_path, directories["qwen3"])
+    data = {"kind": "file", "path": write_rows(tmp_path / "odd.jsonl", [{"answer": "2"}])}
+    config["stages"]["cold"]["data"] = data
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    assert main(["run", str(path), f"output_dir={tmp_path}"]) == 2
+    assert "odd.jsonl:1: got columns answer; needed" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_a_prompt_is_encoded_once_for_its_group_and_a_frozen_encoder_remembers(directories):
