@@ -22,6 +22,7 @@ from jaxrl_reason.errors import InputError
 PAD, EOS, USER, ASSISTANT, UNKNOWN = "<pad>", "<eos>", "<user>", "<assistant>", "<unk>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TAG = re.compile(r"</?\w+>|\[\w+\]")
 SPECIALS = (PAD, EOS, USER, ASSISTANT, *TAGS, UNKNOWN)
 
 _CHAT_TEMPLATE = (
@@ -41,7 +42,8 @@ def build_tokenizer(
     """Make a tokenizer for a closed vocabulary; ids are specials first, then sorted entries.
 
     Args:
-        words: the words and punctuation marks of the grammar, e.g. `task.words()`.
+        words: the words and punctuation marks of the grammar, e.g. `task.words()`. An entry such
+            as `<facts>`, `</facts>` or `[time]` is one token at either level.
         level: one token per word, or one per character of these words (plus space and newline).
 
     Raises:
@@ -49,11 +51,13 @@ def build_tokenizer(
     """
     if level not in ("word", "character"):
         raise InputError(f"level={level!r} is unknown; use 'word' or 'character'")
+    given = set(words)
+    tags = {word for word in given if _TAG.fullmatch(word)}
+    entries = given - tags
     if level == "word":
         splitter = pre_tokenizers.Sequence(
             [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation(behavior="isolated")]
         )
-        entries = set(words)
         for word in entries:
             if [piece for piece, _ in splitter.pre_tokenize_str(word)] != [word]:
                 raise InputError(
@@ -62,8 +66,8 @@ def build_tokenizer(
                 )
     else:
         splitter = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-        entries = set("".join(words)) | {" ", "\n"}
-    vocabulary = [*SPECIALS, *sorted(entries - set(SPECIALS))]
+        entries = set("".join(entries)) | {" ", "\n"}
+    vocabulary = [*SPECIALS, *sorted((entries | tags) - set(SPECIALS))]
     ids = {token: index for index, token in enumerate(vocabulary)}
     backend = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     backend.pre_tokenizer = splitter
@@ -74,7 +78,8 @@ def build_tokenizer(
         [AddedToken(token, lstrip=True, rstrip=True) for token in SPECIALS if token not in TAGS]
     )
     # The tags are not "special": skipping special tokens must not remove the format.
-    backend.add_tokens([AddedToken(tag, lstrip=True, rstrip=True) for tag in TAGS])
+    whole = [*TAGS, *sorted(tags - set(SPECIALS))]
+    backend.add_tokens([AddedToken(tag, lstrip=True, rstrip=True) for tag in whole])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

@@ -6,8 +6,8 @@ window nor a caller's matplotlib settings matter. Colours are those of Okabe and
 colour-blind readers can tell apart.
 """
 
+import io
 import itertools
-import json
 import math
 import os
 import re
@@ -24,16 +24,16 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import read_metrics
+from jaxrl_reason.report.run_folder import evaluations
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-_GREY = "#6E6E6E"
-_BLACK = "#222222"
+GREY = "#6E6E6E"
+BLACK = "#222222"
 _DPI = 150
 _ARROW_PIXELS = 24  # two markers closer than this leave no room for an arrow
 _LEGEND_LETTERS = 44  # that fit over a panel of the curves
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -93,49 +93,49 @@ def make_plots(
         The files written; a plot for which the run has no numbers is left out.
     """
     run_dir = Path(run_dir)
-    figures: dict[str, Figure] = {}
     curves = []
     for name, kind in stages:
         path = run_dir / name / "metrics.jsonl"
-        rows = read_metrics(path) if path.exists() else []
-        if any(_panels_of(rows)):
-            curves.append((name, kind, rows))
+        curves.append((name, kind, read_metrics(path) if path.exists() else []))
+    measured = evaluations(run_dir, [name for name, _ in stages])
+    images = draw_plots(curves, measured, pareto)
+    for name, image in images.items():
+        (run_dir / name).write_bytes(image)
+    return [run_dir / name for name in images]
+
+
+def draw_plots(
+    curves: Sequence[tuple[str, str, Sequence[Mapping[str, float]]]],
+    measured: Sequence[Mapping[str, Any]],
+    pareto: Pareto | None,
+) -> dict[str, bytes]:
+    """The plots of a run as PNG images by file name, those without numbers left out.
+
+    Args:
+        curves: (name, kind, rows of its metrics.jsonl) of the stages in order.
+        measured: as in `accuracy_length_figure`; rows without an interval are no evaluations.
+        pareto: as in `make_plots`.
+    """
+    figures: dict[str, Figure] = {}
+    curves = [curve for curve in curves if any(_panels_of(curve[2]))]
     if curves:
         figures["curves.png"] = curves_figure(curves)
-    evaluations = _evaluations(run_dir, [name for name, _ in stages])
-    if evaluations:
-        figures["accuracy_length.png"] = accuracy_length_figure(evaluations)
+    measured = [row for row in measured if row["accuracy_ci95"] is not None]
+    if measured:
+        figures["accuracy_length.png"] = accuracy_length_figure(measured)
     if pareto is not None and len(pareto["points"]):
         figures["pareto.png"] = pareto_figure(**pareto)
-    for name, figure in figures.items():
-        figure.savefig(run_dir / name, dpi=_DPI)
-    return [run_dir / name for name in figures]
+    return {name: png(figure) for name, figure in figures.items()}
 
 
-def _evaluations(run_dir: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    summary = _read_json(run_dir / "summary.json") or []
-    rows = {row["stage"]: row for row in summary}
-    first = [name for name in rows if name not in names]
-    found = []
-    for name in [*first, *names]:
-        row = _read_json(run_dir / name / "eval.json") or rows.get(name)
-        if row is not None and None not in (row["accuracy"], row["mean_length"]):
-            found.append({**row, "stage": name})
-    return found
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG image."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=_DPI)
+    return file.getvalue()
 
 
-def _read_json(path: Path) -> Any:
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{path} is not JSON ({error}); evaluate the stage again to rewrite it"
-        ) from error
-
-
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def curves_figure(stages: Sequence[tuple[str, str, Sequence[Mapping[str, float]]]]) -> Figure:
     """Small multiples: a column per stage, loss, rewards and what else it logged.
 
@@ -154,7 +154,7 @@ def curves_figure(stages: Sequence[tuple[str, str, Sequence[Mapping[str, float]]
         title = name if name == kind else f"{name} ({kind})"
         panels = columns[column]
         for row, (label, lines) in enumerate(panels.items()):
-            main = stage_colors[name] if len(lines) == 1 else _BLACK
+            main = stage_colors[name] if len(lines) == 1 else BLACK
             _draw_panel(axes[row, column], rows, lines, {"": main, **line_colors})
             axes[row, column].set_ylabel(label)
         above_legend = 8 + 12 * _legend_shape(next(iter(panels.values())))[0]
@@ -190,7 +190,7 @@ def _draw_panel(
         axes.plot(steps, values, color=colors[group], alpha=0.25, linewidth=0.8)
         axes.plot(
             steps,
-            _running_mean(values),
+            running_mean(values),
             color=colors[group],
             linewidth=1.8 if main else 1.2,
             marker="o" if len(steps) == 1 else "",
@@ -231,7 +231,7 @@ def _series(rows: Sequence[Mapping[str, float]], metric: str) -> tuple[np.ndarra
     return table[:, 0], table[:, 1]
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
+def running_mean(values: np.ndarray) -> np.ndarray:
     """Centred mean over a tenth of the curve; the window shrinks at both ends. [N] -> [N]."""
     size = len(values)
     half = size // 20
@@ -243,10 +243,10 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
 
 def _stage_colors(names: Sequence[str]) -> dict[str, str]:
     trained = [name for name in names if name != "init"]
-    return {"init": _GREY, **dict(zip(trained, itertools.cycle(PALETTE), strict=False))}
+    return {"init": GREY, **dict(zip(trained, itertools.cycle(PALETTE), strict=False))}
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def accuracy_length_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy against mean completion length, one point a stage, arrows in the order given.
 
@@ -345,7 +345,7 @@ def _distances(box: Bbox, points: np.ndarray) -> np.ndarray:
     return np.linalg.norm(points - nearest, axis=1)
 
 
-@matplotlib.rc_context(_STYLE)
+@matplotlib.rc_context(STYLE)
 def pareto_figure(
     points: Any,
     steps: Any,

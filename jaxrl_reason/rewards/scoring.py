@@ -6,7 +6,6 @@ plain or async. None means that the reward does not apply to that completion: it
 
 import asyncio
 import concurrent.futures
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from jaxrl_reason.errors import InputError, nearest
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.plugins import load_object
 
 RewardFunction = Callable[..., Sequence[float | None]]
 Scores = tuple[Float[np.ndarray, "B M"], Bool[np.ndarray, "B M"]]
@@ -82,21 +82,7 @@ def load_function(where: str) -> RewardFunction:
     Raises:
         InputError: there is no such module or function.
     """
-    module_name, _, name = where.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: anything may go wrong in it
-        raise InputError(
-            f"reward function {where!r}: {type(error).__name__} on import: {error}; a module must "
-            "be installed, or its folder be in PYTHONPATH"
-        ) from error
-    if not callable(vars(module).get(name)):
-        functions = [known for known, value in vars(module).items() if callable(value)]
-        raise InputError(
-            f"reward function {where!r}: module {module_name} has no function {name!r}; "
-            f"{nearest(name, functions)}"
-        )
-    return vars(module)[name]
+    return load_object(where, "reward function")
 
 
 def _call(

@@ -11,24 +11,29 @@ import pydantic
 from pydantic import Field
 
 from jaxrl_reason.config import Config, validate
+from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import PRESETS, ModelConfig, preset
 from jaxrl_reason.models.lora import LoRAConfig, trainable
+from jaxrl_reason.plugins import PATTERN
 from jaxrl_reason.sampling import SamplingConfig
 from jaxrl_reason.sharding import MeshConfig
+from jaxrl_reason.stages.data_config import (
+    Positive,
+    Problems,
+    PythonData,
+    SampledPairs,
+    StageData,
+    TraceData,
+)
 from jaxrl_reason.stages.dataset_task import load_dataset_task
 from jaxrl_reason.stages.policy_config import GRPOConfig, MORLConfig, PolicyConfig
-from jaxrl_reason.stages.stage_config import (
-    DPOConfig,
-    Names,
-    Positive,
-    SampledPairs,
-    Seed,
-    SFTConfig,
-)
+from jaxrl_reason.stages.reject_config import RejectConfig
+from jaxrl_reason.stages.stage_config import DPOConfig, Names, Seed, SFTConfig
+from jaxrl_reason.stages.task_set import TaskSet
 from jaxrl_reason.tasks import Task, make_task
 
 StageConfig = Annotated[
-    SFTConfig | DPOConfig | GRPOConfig | MORLConfig, Field(discriminator="kind")
+    SFTConfig | DPOConfig | GRPOConfig | MORLConfig | RejectConfig, Field(discriminator="kind")
 ]
 
 
@@ -110,7 +115,8 @@ class TaskChoice(Config):
     """What is to be learned: a procedural task, or the rows of a data set."""
 
     name: str = "arithmetic"
-    """Name of a procedural task (`jaxrl_reason.tasks.TASKS`), or `dataset`."""
+    """Name of a procedural task (`jaxrl_reason.tasks.TASKS`), `package.module:Class` for one of
+    your own, or `dataset`."""
     options: Mapping[str, Any] = {}
     """Arguments of the task, such as its difficulty, or of the data set, such as `source`."""
     tokenizer: Literal["word", "character"] = "word"
@@ -156,11 +162,27 @@ class ChatConfig(Config):
 _OF_TEMPLATE = ("system_prompt", "template_kwargs", "chat_template_path")
 
 
+class EvaluationSet(Config):
+    """Further held-out problems."""
+
+    task: str | None = None
+    """One of the run's `tasks`; its main task when null."""
+    difficulties: tuple[int, ...] = ()
+    """Only these difficulties, one after the other; mixed as the task does it when empty."""
+    problems: Positive | None = None
+    """Their number; that of the evaluation when null."""
+
+
 class EvaluationConfig(Config):
     """Accuracy on held-out problems of the task."""
 
     problems: Positive = 512
     """Number of held-out problems, the same for every stage."""
+    sets: Mapping[str, EvaluationSet] = {}
+    """Further sets of held-out problems by name, such as harder ones."""
+    measures: Mapping[str, Annotated[str, Field(pattern=PATTERN)]] = {}
+    """Averages over completions by name: functions `f(problem, completion, verdict, length)` that
+    return a number, or None where it does not apply, as `package.module:function`."""
     batch_size: Positive = 256
     """Problems sampled at once."""
     sampling: SamplingConfig = SamplingConfig()
@@ -191,6 +213,11 @@ class RunConfig(Config):
     """Seed of everything random."""
     task: TaskChoice = TaskChoice()
     """The task."""
+    tasks: Mapping[str, TaskChoice] = {}
+    """Further tasks by name, for stages and evaluation sets that name them."""
+    words: Names = ()
+    """Further words of a vocabulary that is made for the tasks, such as tags that only a stage's
+    data has."""
     model: ModelChoice = ModelChoice()
     """The model."""
     chat: ChatConfig = ChatConfig()
@@ -210,24 +237,69 @@ class RunConfig(Config):
     stages: Mapping[str, StageConfig] = {}
     """Stages by name, in order; without any, the model is evaluated as it is."""
 
+    def make_tasks(self) -> TaskSet:
+        """The tasks of the run."""
+        others = {name: choice.make() for name, choice in self.tasks.items()}
+        return TaskSet(main=self.task.make(), others=others)
+
     @pydantic.model_validator(mode="after")
-    def _parents_exist(self):
-        known = ["init"]
+    def _stages_exist(self):
+        trained, kept = ["init"], []
         for name, stage in self.stages.items():
             if not name.isidentifier() or name == "init":
                 raise ValueError(
                     f"stage name {name!r} must be a word of letters, digits and underscores, and "
                     "not `init`, which is the untrained model"
                 )
-            if stage.parent not in known:
+            _check_earlier(f"stages.{name}.parent", stage.parent, trained, kept)
+            if isinstance(stage, RejectConfig):
+                if stage.rejected_from is not None:
+                    where = f"stages.{name}.rejected_from"
+                    _check_earlier(where, stage.rejected_from, trained, kept)
+                kept.append(name)
+                continue
+            data = _data(stage)
+            if isinstance(data, StageData) and data.stage not in kept:
                 raise ValueError(
-                    f"stages.{name}.parent={stage.parent!r} is no earlier stage; known are {known}"
+                    f"stages.{name}.data.stage={data.stage!r} is no earlier stage of kind reject; "
+                    f"known are {kept}"
                 )
-            known.append(name)
+            trained.append(name)
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _problems_exist(self):
+        tasks = self.make_tasks()
+        wanted = {f"evaluation.sets.{name}": s for name, s in self.evaluation.sets.items()}
+        more = {}
+        for name, stage in self.stages.items():
+            if (problems := problems_of(stage)) is not None:
+                wanted[f"stages.{name}.problems"] = problems
+            if isinstance(stage, PolicyConfig):
+                more |= {
+                    f"stages.{name}.curriculum.{i}": (problems.task, phase.difficulties)
+                    for i, phase in enumerate(stage.curriculum)
+                }
+        for where, chosen in wanted.items():
+            if chosen.task is not None and chosen.task not in self.tasks:
+                raise ValueError(
+                    f"{where}.task={chosen.task!r} is none of tasks={list(self.tasks)}; null is "
+                    "the main task"
+                )
+        pairs = {where: (c.task, c.difficulties) for where, c in wanted.items()} | more
+        for where, (task, difficulties) in pairs.items():
+            try:
+                tasks.check_difficulties(task, difficulties)
+            except InputError as error:
+                raise ValueError(f"{where}.difficulties: {error}") from error
         return self
 
     @pydantic.model_validator(mode="after")
     def _tokenizer_acts(self):
+        if self.model.path is not None and self.words:
+            raise ValueError(
+                "words cannot act beside model.path, which brings its own tokenizer; remove them"
+            )
         if self.model.path is not None and self.task.tokenizer != "word":
             raise ValueError(
                 f"task.tokenizer={self.task.tokenizer} cannot act beside model.path, which brings "
@@ -244,7 +316,7 @@ class RunConfig(Config):
     def _completions_fit(self):
         lengths = {"evaluation": self.evaluation.max_completion_length}
         for name, stage in self.stages.items():
-            if isinstance(stage, PolicyConfig):
+            if isinstance(stage, PolicyConfig | RejectConfig):
                 lengths[f"stages.{name}"] = stage.max_completion_length
             elif isinstance(stage, DPOConfig) and isinstance(stage.data, SampledPairs):
                 lengths[f"stages.{name}"] = stage.max_length - self.max_prompt_length
@@ -262,3 +334,33 @@ class RunConfig(Config):
                     "set that in model.changes or shorten them"
                 )
         return self
+
+
+def problems_of(stage: Any) -> Problems | None:
+    """Which problems a stage reads; None if its data are rows."""
+    if isinstance(stage, PolicyConfig | RejectConfig):
+        return stage.problems
+    data = _data(stage)
+    return data.problems if isinstance(data, TraceData | PythonData | SampledPairs) else None
+
+
+def other_stage(stage: Any) -> str | None:
+    """The stage besides its parent that a stage reads."""
+    if isinstance(stage, RejectConfig):
+        return stage.rejected_from
+    data = _data(stage)
+    return data.stage if isinstance(data, StageData) else None
+
+
+def _data(stage: Any) -> Any:
+    return stage.data if isinstance(stage, SFTConfig | DPOConfig) else None
+
+
+def _check_earlier(where: str, name: str, trained: list[str], kept: list[str]) -> None:
+    if name in kept:
+        raise ValueError(
+            f"{where}={name!r} is of kind reject and has no model; its rows are read with "
+            f"data={{kind: stage, stage: {name}}}"
+        )
+    if name not in trained:
+        raise ValueError(f"{where}={name!r} is no earlier stage; known are {trained}")

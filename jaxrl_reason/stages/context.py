@@ -2,19 +2,21 @@
 
 import dataclasses
 import functools
+import random
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Key
 
 from jaxrl_reason import __version__, checkpoint
 from jaxrl_reason.config import hash_json, to_json
 from jaxrl_reason.data import chat
-from jaxrl_reason.data.batching import Example
+from jaxrl_reason.data.batching import Example, epoch_order
 from jaxrl_reason.data.tokenizer import (
     PreTrainedTokenizerFast,
     build_tokenizer,
@@ -26,11 +28,11 @@ from jaxrl_reason.models import Model, Params
 from jaxrl_reason.models.lora import ADAPTER
 from jaxrl_reason.sampling import Engine, SamplingConfig, Shown
 from jaxrl_reason.sharding import batch_multiple, make_mesh, tree_shardings
-from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.config import RunConfig, StageConfig, problems_of
 from jaxrl_reason.stages.encoding import Encoder, Prompt
 from jaxrl_reason.stages.eyes import Eyes
 from jaxrl_reason.stages.policy_rows import Sight
-from jaxrl_reason.stages.stage_config import Training
+from jaxrl_reason.stages.task_set import Place, TaskSet
 from jaxrl_reason.steps import partition
 from jaxrl_reason.tasks import Problem, Task, VisualTask
 
@@ -44,7 +46,7 @@ class Context:
 
     config: RunConfig
     directory: Path
-    task: Task
+    tasks: TaskSet
     tokenizer: PreTrainedTokenizerFast
     model: Model
     mesh: Mesh
@@ -62,10 +64,12 @@ class Context:
                 mesh does not fit, or a published model's tokenizer cannot be read or has no chat
                 template.
         """
-        task, choice = config.task.make(), config.model
+        tasks, choice = config.make_tasks(), config.model
         generation: dict[str, Any] = {}
         if choice.path is None:
-            tokenizer = build_tokenizer(task.words(), level=config.task.tokenizer)
+            tokenizer = build_tokenizer(
+                tasks.words().union(config.words), level=config.task.tokenizer
+            )
         else:
             tokenizer = load_tokenizer(
                 choice.path,
@@ -80,17 +84,22 @@ class Context:
                 f"{choice.path}: the tokenizer has {len(tokenizer)} tokens and the model "
                 f"{model.config.vocab_size}; they do not belong together"
             )
-        _check_eyes(config, task, sees=model.config.vision is not None)
+        _check_eyes(config, tasks, sees=model.config.vision is not None)
         return cls(
             config=config,
             directory=Path(config.output_dir) / config.name,
-            task=task,
+            tasks=tasks,
             tokenizer=tokenizer,
             model=model,
             mesh=make_mesh(config.mesh),
-            encoder=Encoder.create(config, task, tokenizer, model.config),
+            encoder=Encoder.create(config, tasks, tokenizer, model.config),
             stop_ids=chat.stop_ids(tokenizer, generation),
         )
+
+    @property
+    def task(self) -> Task:
+        """The main task."""
+        return self.tasks.main
 
     @property
     def pad_id(self) -> int:
@@ -158,7 +167,7 @@ class Context:
     def root(self) -> dict[str, Any]:
         """The part of the configuration that the untrained model and the task follow from."""
         config = to_json(self.config)
-        names = ("seed", "task", "model", "chat", "max_visual_tokens")
+        names = ("seed", "task", "tasks", "words", "model", "chat", "max_visual_tokens")
         return {name: config[name] for name in names}
 
     @functools.cached_property
@@ -233,10 +242,13 @@ class Stage:
 
     context: Context
     name: str
-    config: Training
+    config: StageConfig
     parent: Path
     """Directory of the parent stage."""
     parent_hash: str
+    other: Path | None = None
+    """Directory of the other stage it reads: the data it trains on, or a second policy."""
+    other_hash: str | None = None
 
     @property
     def directory(self) -> Path:
@@ -247,7 +259,8 @@ class Stage:
     def hash(self) -> str:
         """Identifies what the stage computes: its configuration and all that came before it."""
         longest = self.context.config.max_prompt_length
-        return hash_json([to_json(self.config), self.name, self.parent_hash, longest])
+        made_of = [to_json(self.config), self.name, self.parent_hash, longest]
+        return hash_json(made_of if self.other is None else [*made_of, self.other_hash])
 
     @property
     def checkpoints(self) -> Path:
@@ -262,13 +275,42 @@ class Stage:
     @property
     def seed(self) -> int:
         """Seed of the order of the stage's examples."""
-        return (self.context.config.seed << 32) + _number(self.name)
+        return self._stream_seed(self.name)
 
-    def problems(self, start: int, count: int) -> list[Problem]:
-        """Training problems `start` .. `start + count - 1` of the stage's own stream."""
-        # Streams of different stages must not overlap: each starts at its own large index.
-        first = _number(self.name) * 2**24 + start
-        return [self.context.task.generate("train", first + i) for i in range(count)]
+    def problems(
+        self, start: int, count: int, difficulties: tuple[int, ...] | None = None
+    ) -> list[Problem]:
+        """Training problems `start` .. `start + count - 1` of the stage's stream.
+
+        Args:
+            start: number of the first, counted from 0.
+            count: of problems.
+            difficulties: in place of those that the stage's `problems` name.
+        """
+        places = self.places(start, count, difficulties)
+        return [self.context.tasks.at(place._asdict()) for place in places]
+
+    def places(
+        self, start: int, count: int, difficulties: tuple[int, ...] | None = None
+    ) -> list[Place]:
+        """Where those problems come from."""
+        chosen = problems_of(self.config)
+        assert chosen is not None, f"stages.{self.name} reads rows, not problems"
+        stream = chosen.stream or self.name
+        levels = (chosen.difficulties if difficulties is None else difficulties) or (None,)
+
+        def place(number: int) -> Place:
+            if chosen.pool is not None:
+                epoch, position = divmod(number, chosen.pool)
+                number = int(_order(self._stream_seed(stream), epoch, chosen.pool)[position])
+            level = random.Random(f"{stream}|{number}").choice(levels)
+            # Streams must not overlap: each starts at its own large index.
+            return Place(_number(stream) * 2**24 + number, level, chosen.task)
+
+        return [place(number) for number in range(start, start + count)]
+
+    def _stream_seed(self, stream: str) -> int:
+        return (self.context.config.seed << 32) + _number(stream)
 
     def parent_params(self) -> Params:
         """The parameters that the stage starts from; also the reference of its losses."""
@@ -298,6 +340,7 @@ class Stage:
             "config": to_json(self.config),
             "parent": str(checkpoint.find(self.parent)),
             "parent_hash": self.parent_hash,
+            **({} if self.other is None else {"other": str(self.other)}),
             "seed": self.context.config.seed,
             "code_version": __version__,
             **more,
@@ -309,21 +352,23 @@ _ROOM = (
 )
 
 
-def _check_eyes(config: RunConfig, task: Task, *, sees: bool) -> None:
-    """Refuse a task and a model of which only one has to do with images."""
-    shows = isinstance(task, VisualTask)
+def _check_eyes(config: RunConfig, tasks: TaskSet, *, sees: bool) -> None:
+    """Refuse tasks and a model of which only one has to do with images."""
+    names = [config.task.name, *(choice.name for choice in config.tasks.values())]
+    pairs = zip(names, tasks.all(), strict=True)
+    shows = next((name for name, task in pairs if isinstance(task, VisualTask)), None)
     if config.max_visual_tokens is not None and not sees:
         raise InputError(
             f"max_visual_tokens={config.max_visual_tokens} cannot act: the model reads text only; "
             "remove it or choose a vision-language model"
         )
-    if shows and not sees:
+    if shows is not None and not sees:
         raise InputError(
-            f"task {config.task.name!r} shows images or videos and the model reads text only; set "
+            f"task {shows!r} shows images or videos and the model reads text only; set "
             "model.path to a vision-language model or choose another task"
         )
-    if shows and config.max_visual_tokens is None:
-        raise InputError(f"task {config.task.name!r} shows images or videos; {_ROOM}")
+    if shows is not None and config.max_visual_tokens is None:
+        raise InputError(f"task {shows!r} shows images or videos; {_ROOM}")
 
 
 def _with_adapter(params: Params, adapter: Params) -> Params:
@@ -336,6 +381,11 @@ def _with_adapter(params: Params, adapter: Params) -> Params:
         else value
         for name, value in adapter.items()
     }
+
+
+@functools.lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, size: int) -> np.ndarray:
+    return epoch_order(seed, epoch, size)
 
 
 def _number(name: str) -> int:

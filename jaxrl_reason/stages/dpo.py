@@ -2,8 +2,8 @@
 
 The reference is the parent itself; its log-probs of every pair are computed once, before the first
 step, and its parameters are then let go. Losses without a reference compute none. Pairs come from a
-file or from the parent's own samples: a completion that the verifier accepts against one that it
-rejects.
+file, from an earlier stage, from a function, or from the parent's own samples: a completion that
+the verifier accepts against one that it rejects.
 """
 
 from typing import Any
@@ -12,14 +12,16 @@ import jax
 import numpy as np
 
 from jaxrl_reason.config import hash_json
-from jaxrl_reason.data.batching import Example, fill_rows, microbatches, step_indices
+from jaxrl_reason.data.batching import fill_rows, microbatches, step_indices
 from jaxrl_reason.data.records import load_records, write_jsonl
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.sampling import sample
 from jaxrl_reason.sharding import batch_multiple, on_mesh, place_batch
 from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.data_config import FileData, SampledPairs
 from jaxrl_reason.stages.encoding import file_records
-from jaxrl_reason.stages.stage_config import DPOConfig, FileData
+from jaxrl_reason.stages.groups import sample_groups
+from jaxrl_reason.stages.made_rows import Made, Pair, made_rows, pair_of
+from jaxrl_reason.stages.stage_config import DPOConfig
 from jaxrl_reason.stages.training import (
     StepResult,
     compile_step,
@@ -34,9 +36,6 @@ from jaxrl_reason.steps import (
     needs_reference,
     pair_logprobs,
 )
-
-Pair = tuple[Example, Example]
-"""A chosen and a rejected completion of a prompt."""
 
 _ROW_MULTIPLE = 16
 
@@ -95,44 +94,40 @@ def preference_pairs(stage: Stage) -> list[Pair]:
         InputError: a malformed or over-long row, by file and line; or no pair at all.
     """
     config: DPOConfig = stage.config
-    sampled = not isinstance(config.data, FileData)
-    # Named after what made it: another configuration must not find these pairs.
-    path = stage.directory / f"pairs-{stage.hash}.jsonl"
-    if sampled and not path.exists():
-        write_jsonl(path, sampled_pairs(stage))
-    records = load_records(path) if sampled else file_records(config.data)
-    pairs = []
-    for record in records:
-        pair = record.check(lambda row: encode_pair(stage, row))
+    if isinstance(config.data, FileData):
+        records = file_records(config.data)
+        found = [(r.check(lambda row: encode_pair(stage, row)), r.where) for r in records]
+    else:
+        sampled = isinstance(config.data, SampledPairs)
+        rows = _sampled_rows(stage) if sampled else made_rows(stage, "pairs")
+        found = [(pair_of(stage, made), made.where) for made in rows]
+    for pair, where in found:
         longest = max(example.size for example in pair)
         if longest > config.max_length:
             raise InputError(
-                f"{record.where}: prompt and completion have {longest} tokens; "
+                f"{where}: prompt and completion have {longest} tokens; "
                 f"stages.{stage.name}.max_length={config.max_length} is the most"
             )
-        pairs.append(pair)
-    return pairs
+    return [pair for pair, _ in found]
 
 
 def encode_pair(stage: Stage, row: dict[str, Any]) -> Pair:
-    """Token ids of a row's texts, or those sampled, which text might not give back."""
+    """Token ids of the texts of a file's row."""
     encoder = stage.context.encoder
-    if "chosen_ids" not in row:
-        chosen, rejected = encoder.preference(row)
-        return (
-            encoder.later(chosen, lambda: encoder.preference(row)[0]),
-            encoder.later(rejected, lambda: encoder.preference(row)[1]),
-        )
-    (problem,) = stage.problems(row["problem"], 1)
-
-    def example(ids: list[int]) -> Example:
-        complete = lambda: encoder.completed(problem, ids)
-        return encoder.later(complete(), complete)
-
-    return example(row["chosen_ids"]), example(row["rejected_ids"])
+    chosen, rejected = encoder.preference(row)
+    return (
+        encoder.later(chosen, lambda: encoder.preference(row)[0]),
+        encoder.later(rejected, lambda: encoder.preference(row)[1]),
+    )
 
 
-_ROWS = 512  # completions sampled at once
+def _sampled_rows(stage: Stage) -> list[Made]:
+    # Named after what made it: another configuration must not find these pairs.
+    path = stage.directory / f"pairs-{stage.hash}.jsonl"
+    if not path.exists():
+        write_jsonl(path, sampled_pairs(stage))
+    problems = stage.problems(0, stage.config.data.num_prompts)
+    return [Made(problems[r.row["problem"]], r.row, r.where) for r in load_records(path)]
 
 
 def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
@@ -142,39 +137,27 @@ def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
         InputError: the parent solves nearly every problem always or never, so that pairs are few.
     """
     config: DPOConfig = stage.config
-    context, data = stage.context, config.data
+    data = config.data
     problems = stage.problems(0, data.num_prompts)
-    engine = context.engine(
-        data.sampling,
-        config.max_length - context.config.max_prompt_length,
-        max_rows=min(_ROWS, data.num_prompts * data.num_generations),
-        group_size=data.num_generations,
-    )
-    params, prompts = stage.parent_params(), context.prompts(problems)
-    rollout = sample(
-        engine,
-        params,
-        [prompt.tokens for prompt in prompts],
+    groups = sample_groups(
+        stage.context,
+        stage.parent_params(),
+        problems,
         stage.key(0),
         num_generations=data.num_generations,
-        pad_id=context.pad_id,
-        shown=context.look(params, prompts)[0],
+        sampling=data.sampling,
+        max_completion_length=config.max_length - stage.context.config.max_prompt_length,
     )
-    completions = rollout.completions()
-    texts = context.decode(completions)
     draw = np.random.default_rng(stage.seed)
     rows = []
-    for number, problem in enumerate(problems):
-        group = range(number * data.num_generations, (number + 1) * data.num_generations)
-        # A completion cut at the longest length has no end to learn from.
-        ended = [i for i in group if rollout.finished[i]]
-        right = [i for i in ended if context.task.verify(problem, texts[i]).correct]
-        wrong = [i for i in ended if i not in right]
+    for number, (problem, group) in enumerate(zip(problems, groups, strict=True)):
+        right = [completion for completion in group if completion.is_right]
+        wrong = [completion for completion in group if completion.is_wrong]
         for _ in range(min(data.pairs_per_prompt, len(right), len(wrong))):
             chosen = right.pop(draw.integers(len(right)))
             rejected = wrong.pop(draw.integers(len(wrong)))
-            row = {"prompt": problem.prompt, "chosen": texts[chosen], "rejected": texts[rejected]}
-            ids = {"chosen_ids": completions[chosen], "rejected_ids": completions[rejected]}
+            row = {"prompt": problem.prompt, "chosen": chosen.text, "rejected": rejected.text}
+            ids = {"chosen_ids": chosen.ids, "rejected_ids": rejected.ids}
             rows.append({"problem": number, **row, **ids})
     if len(rows) < config.batch_size:
         raise InputError(

@@ -25,9 +25,10 @@ from jaxrl_reason.data.vision import (
 )
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import ModelConfig
+from jaxrl_reason.stages.data_config import FileData
 from jaxrl_reason.stages.dataset_task import DatasetTask
-from jaxrl_reason.stages.stage_config import FileData
-from jaxrl_reason.tasks import Problem, Task, media_of
+from jaxrl_reason.stages.task_set import TaskSet
+from jaxrl_reason.tasks import Problem, media_of
 from jaxrl_reason.tasks.problem import Video
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Prompt(NamedTuple):
 class Encoder:
     """Makes tokens of prompts and completions."""
 
-    task: Task
+    tasks: TaskSet
     rows: RowEncoder
     system_prompt: str | None
     vision: VisionProcessorConfig | None = None
@@ -59,7 +60,7 @@ class Encoder:
     def create(
         cls,
         config: "RunConfig",
-        task: Task,
+        tasks: TaskSet,
         tokenizer: "PreTrainedTokenizerFast",
         model: ModelConfig,
     ) -> "Encoder":
@@ -85,7 +86,7 @@ class Encoder:
 
             directory = find_directory(config.model.path, config.model.revision)
             vision = read_vision_processor(directory)
-        return cls(task=task, rows=rows, system_prompt=chat.system_prompt, vision=vision)
+        return cls(tasks=tasks, rows=rows, system_prompt=chat.system_prompt, vision=vision)
 
     def counting(self, *, completion_only_loss: bool, assistant_only_loss: bool) -> "Encoder":
         """The same with other tokens in the loss."""
@@ -106,10 +107,19 @@ class Encoder:
         shown = prompt.shown and continued(prompt.shown, [len(completion)])
         return Example(prompt.tokens, completion, shown=shown)
 
-    def demonstration(self, problem: Problem, completion: str) -> Example:
-        """A problem with one of its completions."""
-        (example,) = self.supervised({**self._row(problem), "completion": completion})
+    def demonstration(
+        self, problem: Problem, completion: str, *, prompt: str | None = None
+    ) -> Example:
+        """A problem with one of its completions, and perhaps another prompt than its own."""
+        (example,) = self.supervised(self._asked(problem, prompt) | {"completion": completion})
         return example
+
+    def pair(
+        self, problem: Problem, chosen: str, rejected: str, *, prompt: str | None = None
+    ) -> tuple[Example, Example]:
+        """A problem with two of its completions, the better one first."""
+        sides = {"chosen": chosen, "rejected": rejected}
+        return self.preference(self._asked(problem, prompt) | sides)
 
     def later(self, example: Example, again: Callable[[], Example]) -> Example:
         """An example whose images are read again when they are needed; `again` gives it anew."""
@@ -198,12 +208,17 @@ class Encoder:
 
     def _row(self, problem: Problem) -> dict[str, Any]:
         """What `data.examples` reads of a problem; rows of a data set may have tools and turns."""
-        if isinstance(self.task, DatasetTask):
-            return dict(self.task.record(*problem.columns["record"]).row)
-        shown = media_of(self.task, problem)
+        task = self.tasks.of(problem)
+        if isinstance(task, DatasetTask):
+            return dict(task.record(*problem.columns["record"]).row)
+        shown = media_of(task, problem)
         row: dict[str, Any] = {"prompt": problem.prompt}
         row |= {"images": list(shown.images)} if shown.images else {}
         return row | ({"videos": list(shown.videos)} if shown.videos else {})
+
+    def _asked(self, problem: Problem, prompt: str | None) -> dict[str, Any]:
+        row = self._row(problem)
+        return row if prompt is None else {**row, "prompt": prompt}
 
     def _with_system(self, row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
         if self.system_prompt is None or column not in row:

@@ -2,19 +2,24 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from jaxrl_reason.config import to_json
 from jaxrl_reason.data.records import write_jsonl
+from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Params
+from jaxrl_reason.plugins import load_object
 from jaxrl_reason.sampling import sample
-from jaxrl_reason.stages.config import EvaluationConfig
+from jaxrl_reason.stages.config import EvaluationConfig, EvaluationSet, RunConfig
 from jaxrl_reason.stages.context import Context
-from jaxrl_reason.stages.dataset_task import DatasetTask
+from jaxrl_reason.stages.judge import Judge, Read
+from jaxrl_reason.stages.policy_config import PolicyConfig
+from jaxrl_reason.stages.reward_config import AnyReward, reward_name
 from jaxrl_reason.tasks import Problem
 
 # One key for all stages: they answer the same problems with the same random numbers.
@@ -28,16 +33,57 @@ def evaluate(
 
     Returns:
         The result (`accuracy` with its Wilson interval, `format_rate`, `mean_length` in tokens,
-        accuracy by difficulty, ...) and one row a problem with prompt, completion and verdict.
+        accuracy by difficulty, measures, the results of further sets, ...) and one row a problem
+        of the main set with prompt, completion, verdict and rewards.
     """
-    # A data set begins again behind its last row.
-    held_out = context.task.size("test") if isinstance(context.task, DatasetTask) else math.inf
-    count = int(min(config.problems, held_out))
-    problems = [context.task.generate("test", i) for i in range(count)]
+    measures = {name: load_object(where, "measure") for name, where in config.measures.items()}
+    answers = _answers(context, params, config, EvaluationSet())
+    rewards = _rewards(context, [answer.read for answer in answers])
+    rows = [
+        _row(answer, measures) | {"rewards": given}
+        for answer, given in zip(answers, rewards, strict=True)
+    ]
+    result = summarize(rows)
+    if config.sets:
+        result["sets"] = {
+            name: summarize([_row(a, measures) for a in _answers(context, params, config, chosen)])
+            for name, chosen in config.sets.items()
+        }
+    return result, rows
+
+
+def reward_table(config: RunConfig) -> dict[str, Any]:
+    """What `evaluate` rewards completions with, as JSON."""
+    return {name: [to_json(r), longest] for name, (r, longest) in _configured(config).items()}
+
+
+def _configured(config: RunConfig) -> dict[str, tuple[AnyReward, int]]:
+    """The rewards of all stages by name, with the longest completion of the stage.
+
+    Of rewards with the same name that of the last stage counts.
+    """
+    return {
+        reward_name(reward): (reward, stage.max_completion_length)
+        for stage in config.stages.values()
+        if isinstance(stage, PolicyConfig)
+        for reward in stage.rewards
+    }
+
+
+class _Answer(NamedTuple):
+    read: Read
+    finished: bool
+
+
+def _answers(
+    context: Context, params: Params, config: EvaluationConfig, chosen: EvaluationSet
+) -> list[_Answer]:
+    """One completion of each problem of a set."""
+    problems = _held_out(context, config, chosen)
     engine = context.engine(
         config.sampling,
         config.max_completion_length,
-        max_rows=min(config.batch_size, count),
+        max_rows=min(config.batch_size, len(problems)),
     )
     prompts = context.prompts(problems)
     rollout = sample(
@@ -48,14 +94,46 @@ def evaluate(
         pad_id=context.pad_id,
         shown=context.look(params, prompts)[0],
     )
-    texts = context.decode(rollout.completions())
-    rows = [
-        _row(context, problem, text, int(length), bool(finished))
-        for problem, text, length, finished in zip(
-            problems, texts, rollout.lengths, rollout.finished, strict=True
+    completions = rollout.completions()
+    texts = context.decode(completions)
+    return [
+        _Answer(Read(problem, ids, text, context.tasks.verify(problem, text)), bool(finished))
+        for problem, ids, text, finished in zip(
+            problems, completions, texts, rollout.finished, strict=True
         )
     ]
-    return summarize(rows), rows
+
+
+def _held_out(context: Context, config: EvaluationConfig, chosen: EvaluationSet) -> list[Problem]:
+    """The first problems of a set; of several difficulties, each in turn."""
+    wanted = chosen.problems or config.problems
+    # A data set begins again behind its last row.
+    held_out = context.tasks.size("test", chosen.task)
+    count = wanted if held_out is None else min(wanted, held_out)
+    levels = chosen.difficulties or (None,)
+    return [
+        context.tasks.generate("test", i // len(levels), levels[i % len(levels)], task=chosen.task)
+        for i in range(count)
+    ]
+
+
+def _rewards(context: Context, reads: Sequence[Read]) -> list[dict[str, float | None]]:
+    """Every reward of every completion by name; None where it does not apply."""
+    rows: list[dict[str, float | None]] = [{} for _ in reads]
+    configured = _configured(context.config)
+    for length in sorted({longest for _, longest in configured.values()}):
+        judge = Judge(
+            context.tasks,
+            context.tokenizer,
+            [reward for reward, longest in configured.values() if longest == length],
+            stop_ids=context.stop_ids,
+            max_completion_length=length,
+        )
+        rewards, mask = judge.score_alone(reads)
+        for row, values, applies in zip(rows, rewards, mask, strict=True):
+            named = zip(judge.names, values, applies, strict=True)
+            row |= {name: float(value) if here else None for name, value, here in named}
+    return rows
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -63,18 +141,35 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     correct = np.asarray([row["correct"] for row in rows])
     lengths = np.asarray([row["length"] for row in rows])
     difficulty = np.asarray([row["difficulty"] for row in rows])
-    return {
+    levels = {str(d): difficulty == d for d in np.unique(difficulty)}
+    result = {
         "accuracy": float(correct.mean()),
         "accuracy_ci95": list(wilson_interval(int(correct.sum()), len(rows))),
         "format_rate": float(np.mean([row["formatted"] for row in rows])),
         "mean_length": float(lengths.mean()),
         "mean_length_correct": float(lengths[correct].mean()) if correct.any() else None,
         "clipped_ratio": float(np.mean([not row["finished"] for row in rows])),
-        "accuracy_by_difficulty": {
-            str(d): float(correct[difficulty == d].mean()) for d in np.unique(difficulty)
-        },
+        "accuracy_by_difficulty": {d: float(correct[here].mean()) for d, here in levels.items()},
         "problems": len(rows),
     }
+    if not rows[0]["measures"]:
+        return result
+    of = {name: [row["measures"][name] for row in rows] for name in rows[0]["measures"]}
+    result["measures"] = {name: _mean(values) for name, values in of.items()}
+    result["measures_by_difficulty"] = {
+        name: {
+            d: _mean([v for v, h in zip(values, here, strict=True) if h])
+            for d, here in levels.items()
+        }
+        for name, values in of.items()
+    }
+    return result
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Over those to which the measure applies."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
@@ -102,17 +197,33 @@ def write_evaluation(directory: Path, result: dict[str, Any], rows: list[dict[st
     temporary.replace(directory / "eval.json")
 
 
-def _row(context: Context, problem: Problem, text: str, length: int, finished: bool):
-    verdict = context.task.verify(problem, text)
+def _row(answer: _Answer, measures: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    read = answer.read
+    problem, verdict, length = read.problem, read.verdict, len(read.ids)
     return {
         "prompt": problem.prompt,
-        "completion": text,
+        "completion": read.text,
         "answer": problem.answer,
         "given": verdict.answer,
         "correct": verdict.correct,
         "formatted": verdict.formatted,
         "reason": verdict.reason,
         "length": length,
-        "finished": finished,
+        "finished": answer.finished,
         "difficulty": problem.columns["difficulty"],
+        "measures": {
+            name: _measured(name, measure(problem, read.text, verdict, length))
+            for name, measure in measures.items()
+        },
     }
+
+
+def _measured(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, bool | int | float) or not math.isfinite(value):
+        raise InputError(
+            f"measure {name!r} returned {value!r}; return a finite number, or None where it does "
+            "not apply"
+        )
+    return float(value)

@@ -11,26 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from jaxrl_reason import __version__, checkpoint
-from jaxrl_reason.config import hash_json, to_json
+from jaxrl_reason.config import hash_json, load_yaml, to_json
 from jaxrl_reason.data.tokenizer import save_tokenizer
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.plugins import load_object
+from jaxrl_reason.stages.config import RunConfig, other_stage
 from jaxrl_reason.stages.context import Context, Stage
+from jaxrl_reason.stages.data_config import FileData, PythonData
 from jaxrl_reason.stages.dpo import preference_pairs, run_dpo
-from jaxrl_reason.stages.evaluate import evaluate, write_evaluation
+from jaxrl_reason.stages.evaluate import evaluate, reward_table, write_evaluation
 from jaxrl_reason.stages.grpo import run_grpo
 from jaxrl_reason.stages.judge import reward_functions
 from jaxrl_reason.stages.load import TOKENIZER
 from jaxrl_reason.stages.morl import run_morl
 from jaxrl_reason.stages.policy_config import PolicyConfig
+from jaxrl_reason.stages.reject import META, run_reject
+from jaxrl_reason.stages.reject_config import RejectConfig
 from jaxrl_reason.stages.sft import demonstrations, run_sft
-from jaxrl_reason.stages.stage_config import FileData
 
 RUNNERS: Mapping[str, Callable[[Stage], None]] = {
     "sft": run_sft,
     "dpo": run_dpo,
     "grpo": run_grpo,
     "morl": run_morl,
+    "reject": run_reject,
 }
 
 
@@ -65,8 +69,12 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
             stage.directory.mkdir(parents=True, exist_ok=True)
             _write_json(stage.directory / "config.json", to_json(config))
             RUNNERS[stage.config.kind](stage)
-        seconds = _latest_meta(stage.checkpoints)["seconds"]
-        rows.append(_evaluated(context, stage.name, stage.config.kind, stage.hash, seconds, say))
+        meta = _latest_meta(stage.directory)
+        if isinstance(stage.config, RejectConfig):
+            rows.append(_kept(stage, meta, say))
+        else:
+            of = (stage.name, stage.config.kind, stage.hash, meta["seconds"])
+            rows.append(_evaluated(context, *of, say))
         say(f"{stage.name}: {time.monotonic() - began:.0f} s")
         _write_json(context.directory / "summary.json", rows)
     return rows
@@ -95,12 +103,15 @@ def plan(context: Context) -> list[Stage]:
     hashes = {"init": context.root_hash}
     stages = []
     for name, config in context.config.stages.items():
+        other = other_stage(config)
         stage = Stage(
             context=context,
             name=name,
             config=config,
             parent=context.directory / config.parent,
             parent_hash=hashes[config.parent],
+            other=None if other is None else context.directory / other,
+            other_hash=None if other is None else hashes[other],
         )
         hashes[name] = stage.hash
         stages.append(stage)
@@ -119,7 +130,7 @@ def check_belongs(context: Context, stages: Sequence[Stage]) -> None:
 
 
 def check_inputs(stage: Stage) -> None:
-    """Read the files and reward functions of a stage, so that a mistake in them shows at once.
+    """Read the files and functions of a stage, so that a mistake in them shows at once.
 
     Raises:
         InputError: as the stage itself would, after those before it had trained.
@@ -127,12 +138,15 @@ def check_inputs(stage: Stage) -> None:
     config = stage.config
     if isinstance(config, PolicyConfig):
         reward_functions(config.rewards, max_completion_length=config.max_completion_length)
-    elif isinstance(config.data, FileData):
+    elif isinstance(config, RejectConfig):
+        if config.builder is not None:
+            load_object(config.builder, "function")
+    elif isinstance(config.data, FileData | PythonData):
         {"sft": demonstrations, "dpo": preference_pairs}[config.kind](stage)
 
 
 def _check_made(directory: Path, made: str, config: Mapping[str, Any]) -> None:
-    meta = _latest_meta(directory / "checkpoints")
+    meta = _latest_meta(directory)
     if meta is None or meta["hash"] == made:
         return
     differences = _differences(meta["config"], config) or ["max_prompt_length, or its parent"]
@@ -180,7 +194,7 @@ def _evaluated(
 ) -> dict[str, Any]:
     """The summary row of a stage; evaluates it unless that was done with the same settings."""
     directory = context.directory / name
-    settings = hash_json([made, to_json(context.config.evaluation)])
+    settings = hash_json([made, to_json(context.config.evaluation), reward_table(context.config)])
     path = directory / "eval.json"
     result = json.loads(path.read_text()) if path.exists() else {}
     if result.get("hash") != settings:
@@ -196,13 +210,25 @@ def _evaluated(
     return row | {"problems": result["problems"], "seconds": seconds + result["seconds"]}
 
 
-def _latest_meta(checkpoints: Path) -> dict[str, Any] | None:
-    step = checkpoint.latest(checkpoints)
-    return None if step is None else checkpoint.read_meta(checkpoints / str(step))
+def _kept(stage: Stage, meta: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+    """The summary row of a stage that trains nothing: of what its parent wrote."""
+    counts = meta["counts"]
+    say(f"{stage.name}: kept {counts['rows']} rows and {counts['pairs']} pairs")
+    row = {"stage": stage.name, "kind": stage.config.kind, "accuracy_ci95": None}
+    row |= {name: counts[name] for name in ("accuracy", "format_rate", "mean_length")}
+    return row | {"problems": stage.config.num_prompts, "seconds": meta["seconds"]}
+
+
+def _latest_meta(directory: Path) -> dict[str, Any] | None:
+    """What a stage's folder says about it: of its last checkpoint, or of the data it kept."""
+    if (data := directory / META).exists():
+        return load_yaml(data)
+    step = checkpoint.latest(directory / "checkpoints")
+    return None if step is None else checkpoint.read_meta(directory / "checkpoints" / str(step))
 
 
 def _is_complete(stage: Stage) -> bool:
-    meta = _latest_meta(stage.checkpoints)
+    meta = _latest_meta(stage.directory)
     return meta is not None and meta["complete"]
 
 

@@ -15,6 +15,7 @@ from jaxrl_reason.errors import nearest
 from jaxrl_reason.losses import LOSS_TYPES
 from jaxrl_reason.objectives import AGGREGATORS
 from jaxrl_reason.sampling import SamplingConfig
+from jaxrl_reason.stages.data_config import Positive, Problems
 from jaxrl_reason.stages.loss_options import (
     POLICY_OPTIONS,
     check_loss_options,
@@ -23,8 +24,14 @@ from jaxrl_reason.stages.loss_options import (
     without_effect,
 )
 from jaxrl_reason.stages.policy_mismatch import MismatchConfig
-from jaxrl_reason.stages.reward_config import AnyReward, PythonReward, reward_name, reward_scope
-from jaxrl_reason.stages.stage_config import Positive, Training
+from jaxrl_reason.stages.reward_config import (
+    AnyReward,
+    reward_name,
+    reward_scope,
+    runs_elsewhere,
+    uses_device,
+)
+from jaxrl_reason.stages.stage_config import Training
 
 
 class DynamicSampling(Config):
@@ -36,9 +43,22 @@ class DynamicSampling(Config):
     """Name of the reward that must vary within a group; null: any of them."""
 
 
+class Phase(Config):
+    """A part of a curriculum."""
+
+    steps: Positive
+    """How long it lasts; the last phase goes on to the end."""
+    difficulties: Annotated[tuple[int, ...], Field(min_length=1)]
+    """Difficulties of its problems, equally often."""
+
+
 class PolicyConfig(Training):
     """What GRPO and MORL share: sampling a batch and updating on it."""
 
+    problems: Problems = Problems()
+    """Which problems are sampled for."""
+    curriculum: tuple[Phase, ...] = ()
+    """Phases with difficulties of their own; without any, `problems` says all."""
     prompts_per_step: Positive
     """Problems sampled in a step."""
     num_generations: Annotated[int, Field(ge=2)] = 8
@@ -126,6 +146,26 @@ class PolicyConfig(Training):
             self._refuse_inert([name for name in inert if name in set_here])
         return self
 
+    def difficulties(self, step: int) -> tuple[int, ...]:
+        """Those of a step, counted from 0; empty where the task mixes them."""
+        for phase in self.curriculum:
+            if step < phase.steps:
+                return phase.difficulties
+            step -= phase.steps
+        return self.curriculum[-1].difficulties if self.curriculum else self.problems.difficulties
+
+    @pydantic.model_validator(mode="after")
+    def _curriculum_acts(self):
+        if self.curriculum and self.problems.difficulties:
+            raise ValueError("problems.difficulties cannot act beside curriculum; remove one")
+        begun = sum(phase.steps for phase in self.curriculum[:-1])
+        if begun >= self.steps:
+            raise ValueError(
+                f"the last phase of curriculum begins at step {begun + 1} and the stage has "
+                f"steps={self.steps}; raise steps or shorten the phases before"
+            )
+        return self
+
     def _refuse_inert(self, inert: list[str]) -> None:
         if not inert:
             return
@@ -151,6 +191,17 @@ class PolicyConfig(Training):
                     f"{self.max_completion_length}; every completion would be punished, an empty "
                     "one too"
                 )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _judges_have_a_device(self):
+        on_device = [reward_name(reward) for reward in self.rewards if uses_device(reward)]
+        if on_device and self.reward_workers:
+            raise ValueError(
+                f"reward_workers={self.reward_workers} cannot be beside reward {on_device[0]!r}: "
+                "a checkpoint judges on the devices, which belong to the main process; set "
+                "reward_workers=0, or let a server judge (backend.kind=openai)"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -185,7 +236,7 @@ class PolicyConfig(Training):
                 "max_staleness=1 cannot act with a checkpoint after every step: a batch right "
                 "after a checkpoint is sampled by its policy; raise steps and save_steps"
             )
-        if self.reward_workers == 0 and not any(isinstance(r, PythonReward) for r in self.rewards):
+        if self.reward_workers == 0 and not any(map(runs_elsewhere, self.rewards)):
             raise ValueError(
                 "max_staleness=1 samples while rewards are computed elsewhere, and with "
                 "reward_workers=0 these rewards are computed in between; set reward_workers, or "

@@ -77,6 +77,7 @@ class _Sampled:
     live: dict[int, bool]
     """Of each candidate that was looked at; only filled with `dynamic_sampling`."""
     metrics: dict[str, float]
+    step: int
 
 
 class Rollouts:
@@ -130,7 +131,7 @@ class Rollouts:
     ) -> _Sampled:
         """Sample the batch of a step and start its rewards, while those of `before` go on."""
         config = self._config
-        batch = _Sampled(self._scoring(), [], [], [], {}, deque(), {}, {})
+        batch = _Sampled(self._scoring(), [], [], [], {}, deque(), {}, {}, step)
         with times.phase("sync"):
             session = self._engine.session(params, self._stage.key(step), version=version)
         with times.phase("rollout"):
@@ -168,7 +169,8 @@ class Rollouts:
     def _requests(self, params: Params, batch: _Sampled, count: int) -> list[Request]:
         """Requests for the next `count` candidates of a batch."""
         first, context = len(batch.problems), self._stage.context
-        problems = self._stage.problems(self._problems_read + first, count)
+        difficulties = self._config.difficulties(batch.step)
+        problems = self._stage.problems(self._problems_read + first, count, difficulties)
         prompts = context.prompts(problems)
         shown, sights = context.look(params, prompts)
         batch.problems += problems
@@ -263,7 +265,7 @@ def open_rollouts(stage: Stage, begin: Start) -> Iterator[Rollouts]:
         group_size=config.num_generations,
     )
     judge = Judge(
-        context.task,
+        context.tasks,
         context.tokenizer,
         config.rewards,
         stop_ids=context.stop_ids,

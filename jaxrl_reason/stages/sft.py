@@ -12,12 +12,13 @@ from jaxrl_reason.config import hash_json
 from jaxrl_reason.data.batching import Example, fill_rows, microbatches, pack, step_indices
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.sharding import place_batch
-from jaxrl_reason.stages.context import Context, Stage
+from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.data_config import FileData, TraceData
 from jaxrl_reason.stages.encoding import file_records
-from jaxrl_reason.stages.stage_config import FileData, SFTConfig
+from jaxrl_reason.stages.made_rows import Made, example_of, made_rows
+from jaxrl_reason.stages.stage_config import SFTConfig
 from jaxrl_reason.stages.training import StepResult, compile_step, resume, stage_optimizer, train
 from jaxrl_reason.steps import make_sft_step
-from jaxrl_reason.tasks import Problem
 
 
 def run_sft(stage: Stage) -> None:
@@ -63,35 +64,43 @@ def demonstrations(stage: Stage) -> list[Example]:
         InputError: a row of a file that is malformed or too long, by file and line.
     """
     config: SFTConfig = stage.config
-    context = stage.context
-    if not isinstance(config.data, FileData):
-        problems = stage.problems(0, config.data.num_examples)
-        names, shares = zip(*config.data.styles.items(), strict=True)
-        draw = np.random.default_rng(stage.seed).choice
-        styles = draw(names, size=len(problems), p=np.asarray(shares) / sum(shares))
-        return [
-            _demonstration(context, problem, context.task.trace(problem, str(style)))
-            for problem, style in zip(problems, styles, strict=True)
-        ]
-    encoder = context.encoder.counting(
-        completion_only_loss=config.completion_only_loss,
-        assistant_only_loss=config.assistant_only_loss,
+    if isinstance(config.data, TraceData):
+        found = [(example_of(stage, made), made.where) for made in _traces(stage, config.data)]
+    elif isinstance(config.data, FileData):
+        found = _of_file(stage, config.data)
+    else:
+        found = [(example_of(stage, made), made.where) for made in made_rows(stage, "rows")]
+    for example, where in found:
+        if example.size > config.max_length:
+            raise InputError(
+                f"{where}: prompt and completion have {example.size} tokens; "
+                f"stages.{stage.name}.max_length={config.max_length} is the most"
+            )
+    return [example for example, _ in found]
+
+
+def _traces(stage: Stage, data: TraceData) -> list[Made]:
+    """What the task's solver writes, in styles that are drawn."""
+    problems = stage.problems(0, data.num_examples)
+    names, shares = zip(*data.styles.items(), strict=True)
+    draw = np.random.default_rng(stage.seed).choice
+    styles = draw(names, size=len(problems), p=np.asarray(shares) / sum(shares))
+    task = stage.context.tasks.named(data.problems.task)
+    return [
+        Made(problem, {"completion": task.trace(problem, str(style))}, f"problem {number}")
+        for number, (problem, style) in enumerate(zip(problems, styles, strict=True))
+    ]
+
+
+def _of_file(stage: Stage, data: FileData) -> list[tuple[Example, str]]:
+    encoder = stage.context.encoder.counting(
+        completion_only_loss=stage.config.completion_only_loss,
+        assistant_only_loss=stage.config.assistant_only_loss,
     )
     examples = []
-    for record in file_records(config.data):
+    for record in file_records(data):
         found = record.check(encoder.supervised)
         again = lambda k, row=record.row: encoder.supervised(row)[k]
         found = [encoder.later(e, functools.partial(again, k)) for k, e in enumerate(found)]
-        for example in found:
-            if example.size > config.max_length:
-                raise InputError(
-                    f"{record.where}: prompt and completion have {example.size} tokens; "
-                    f"stages.{stage.name}.max_length={config.max_length} is the most"
-                )
-        examples += found
+        examples += [(example, record.where) for example in found]
     return examples
-
-
-def _demonstration(context: Context, problem: Problem, completion: str) -> Example:
-    demonstrate = lambda: context.encoder.demonstration(problem, completion)
-    return context.encoder.later(demonstrate(), demonstrate)

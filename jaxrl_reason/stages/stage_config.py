@@ -9,7 +9,14 @@ from pydantic import Field
 
 from jaxrl_reason.config import Config
 from jaxrl_reason.losses import PREFERENCE_LOSSES, SMOOTHED_LOSSES
-from jaxrl_reason.sampling import SamplingConfig
+from jaxrl_reason.stages.data_config import (
+    FileData,
+    Positive,
+    PythonData,
+    SampledPairs,
+    StageData,
+    TraceData,
+)
 from jaxrl_reason.stages.loss_options import (
     PREFERENCE_OPTIONS,
     check_loss_options,
@@ -17,8 +24,6 @@ from jaxrl_reason.stages.loss_options import (
 )
 from jaxrl_reason.steps import OptimizerConfig
 
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
@@ -36,62 +41,16 @@ Names = Annotated[
 """A list of names; a single one need not be in a list."""
 
 
-class TraceData(Config):
-    """Demonstrations written by the task's own solver."""
-
-    kind: Literal["traces"] = "traces"
-    """`traces`: from the task."""
-    num_examples: Positive = 4096
-    """Number of demonstrations."""
-    styles: Mapping[Literal["long", "short", "answer"], Share] = {"long": 1.0}
-    """Share of each style of trace; shares sum to 1."""
-
-    @pydantic.model_validator(mode="after")
-    def _sums_to_one(self):
-        if abs(sum(self.styles.values()) - 1) > 1e-6:
-            raise ValueError(f"styles sum to {sum(self.styles.values()):g}; they must sum to 1")
-        return self
-
-
-class FileData(Config):
-    """Rows of a JSONL or Parquet file, or of a data set on the hub, in TRL's columns."""
-
-    kind: Literal["file"]
-    """`file`: from a file or the hub."""
-    path: str
-    """File, or id of a data set."""
-    split: str = "train"
-    """Split of a data set that has some."""
-    columns: Mapping[str, str] = {}
-    """Our columns from those of the file, for example `{prompt: question, completion: answer}`."""
-
-
-class SampledPairs(Config):
-    """Preference pairs from the parent's own samples: a correct completion against a wrong one."""
-
-    kind: Literal["sampled"] = "sampled"
-    """`sampled`: from the parent."""
-    num_prompts: Positive = 512
-    """Problems to sample for; those solved always or never give no pair."""
-    num_generations: Annotated[int, Field(ge=2)] = 8
-    """Completions per problem."""
-    pairs_per_prompt: Positive = 1
-    """At most this many pairs of one problem."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How completions are drawn."""
-
-    @pydantic.model_validator(mode="after")
-    def _differ(self):
-        if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature=0 gives equal completions, no pair; raise it")
-        return self
-
-
-class Training(Config):
-    """What all stages that train have in common."""
+class FromParent(Config):
+    """What all stages have in common."""
 
     parent: str = "init"
     """Stage to start from: an earlier one of this run, or `init` for the untrained model."""
+
+
+class Training(FromParent):
+    """What all stages that train have in common."""
+
     steps: Positive
     """Updates; for reinforcement learning, batches of completions."""
     optimizer: OptimizerConfig
@@ -109,7 +68,9 @@ class SFTConfig(Training):
 
     kind: Literal["sft"]
     """`sft`"""
-    data: Annotated[TraceData | FileData, Field(discriminator="kind")] = TraceData()
+    data: Annotated[TraceData | PythonData | StageData | FileData, Field(discriminator="kind")] = (
+        TraceData()
+    )
     """Demonstrations."""
     batch_size: Positive
     """Rows of an update."""
@@ -127,10 +88,10 @@ class SFTConfig(Training):
     @pydantic.model_validator(mode="after")
     def _masks_act(self):
         for name in ("completion_only_loss", "assistant_only_loss"):
-            if isinstance(self.data, TraceData) and not getattr(self, name):
+            if not isinstance(self.data, FileData) and not getattr(self, name):
                 raise ValueError(
-                    f"{name}=false cannot act with data.kind=traces, of which the completion "
-                    "counts; remove it or use data.kind=file"
+                    f"{name}=false cannot act with data.kind={self.data.kind}, of which the "
+                    "completion counts; remove it or use data.kind=file"
                 )
         return self
 
@@ -140,7 +101,9 @@ class DPOConfig(Training):
 
     kind: Literal["dpo"]
     """`dpo`"""
-    data: Annotated[SampledPairs | FileData, Field(discriminator="kind")] = SampledPairs()
+    data: Annotated[
+        SampledPairs | PythonData | StageData | FileData, Field(discriminator="kind")
+    ] = SampledPairs()
     """Pairs of a chosen and a rejected completion."""
     batch_size: Positive
     """Pairs of an update."""

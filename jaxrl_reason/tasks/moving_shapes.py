@@ -79,9 +79,9 @@ class MovingShapes:
     def words(self) -> tuple[str, ...]:
         """Colours, shapes, times, and the words of questions, facts and traces."""
         times = (write_seconds(frame / self.fps) for frame in range(self.frames))
-        tags = (facts.write_facts(()), *(f"[{field}]" for field in facts.FIELDS))
         names = (*self.colours, *self.shapes, *QUARTERS)
-        return shared.split_words((*questions.WORDS, *tags, *names, *times))
+        words = shared.split_words((*questions.WORDS, *names, *times))
+        return (*words, *facts.write_facts(()).split(), *(f"[{field}]" for field in facts.FIELDS))
 
     def generate(self, split: Split, index: int, difficulty: int | None = None) -> Problem:
         """Problem `index` of a split with `difficulty` shapes (2 to 6)."""

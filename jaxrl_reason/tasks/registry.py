@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxrl_reason.errors import InputError, nearest
+from jaxrl_reason.plugins import load_object
 from jaxrl_reason.tasks.arithmetic import ModularArithmetic
 from jaxrl_reason.tasks.countdown import Countdown
 from jaxrl_reason.tasks.knights_knaves import KnightsKnaves
@@ -20,12 +21,24 @@ TASKS: dict[str, type] = {
 def make_task(name: str, options: Mapping[str, Any]) -> Task:
     """Build a task from its name and its options (lists become tuples).
 
+    Args:
+        name: of a task of ours, or `package.module:Class` of a dataclass that is a `Task`.
+        options: its fields.
+
     Raises:
         InputError: for an unknown task, an unknown option or a value out of range.
     """
-    if name not in TASKS:
-        raise InputError(f"task {name!r} is unknown; {nearest(name, TASKS)}")
-    allowed = {field.name for field in dataclasses.fields(TASKS[name])}
+    task = TASKS.get(name)
+    if task is None:
+        if ":" not in name:
+            raise InputError(
+                f"task {name!r} is unknown; {nearest(name, TASKS)} A task of your own is named "
+                "package.module:Class"
+            )
+        task = load_object(name, "task")
+    if not (isinstance(task, type) and dataclasses.is_dataclass(task)):
+        raise InputError(f"task {name!r} is no dataclass; its fields would be the task's options")
+    allowed = {field.name for field in dataclasses.fields(task)}
     for option in options:
         if option not in allowed:
             hint = nearest(str(option), allowed)
@@ -34,4 +47,4 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
         option: tuple(value) if isinstance(value, list) else value
         for option, value in options.items()
     }
-    return TASKS[name](**values)
+    return task(**values)

@@ -18,8 +18,10 @@ from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.models.config import RopeScaling
 from jaxrl_reason.models.lora import LoRAConfig
 from jaxrl_reason.models.vision_config import VisionConfig
-from jaxrl_reason.stages.config import EvaluationConfig, RunConfig
-from jaxrl_reason.stages.policy_config import MORLConfig
+from jaxrl_reason.stages.config import EvaluationConfig, EvaluationSet, RunConfig
+from jaxrl_reason.stages.data_config import PythonData, StageData
+from jaxrl_reason.stages.policy_config import MORLConfig, Phase
+from jaxrl_reason.stages.reject_config import RejectConfig
 from jaxrl_reason.stages.reward_config import PythonReward
 from jaxrl_reason.stages.sample import SampleConfig
 from jaxrl_reason.steps import OptimizerConfig
@@ -368,6 +370,17 @@ class Deep:
     ]
 
 
+# Parts that this run and its model have not.
+ELSEWHERE = (
+    EvaluationSet,
+    LoRAConfig,
+    Phase,
+    PythonData,
+    RejectConfig,
+    RopeScaling,
+    StageData,
+    VisionConfig,
+)
 # Files, a tokenizer of a published model, images, experts; and a limit that acts in checks alone.
 NOT_IN_THIS_RUN = {
     "ChatConfig.chat_template_path",
@@ -391,7 +404,7 @@ NOT_IN_THIS_RUN = {
 def test_a_run_reads_every_field_of_its_stages(four):
     """As above, but by watching the run: no field of the same name elsewhere can hide one."""
     classes = {cls.__name__: cls for cls in config_classes(RunConfig, ModelConfig)}
-    for other in (LoRAConfig, RopeScaling, VisionConfig):  # parts that the model has not
+    for other in ELSEWHERE:
         del classes[other.__name__]
 
     def declared(cls, field):

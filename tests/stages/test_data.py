@@ -52,7 +52,7 @@ def texts(stage, examples):
 def test_demonstrations_are_right_and_of_the_styles_asked_for(stage_of):
     styles = {"long": 0.25, "short": 0.25, "answer": 0.5}
     data = {"num_examples": 400, "styles": styles}
-    stage = stage_of("cold", data=data, max_length=90)
+    stage = stage_of("cold", data=data, max_length=140)
     verify = stage.context.task.verify
     problems = stage.problems(0, 400)
     made = Counter()

@@ -50,8 +50,8 @@ def test_impossible_counts_are_refused(successes, trials):
         wilson_interval(successes, trials)
 
 
-def row(*, correct, formatted, length, finished, difficulty):
-    return locals()
+def row(*, correct, formatted, length, finished, difficulty, measures=None):
+    return locals() | {"measures": measures or {}}
 
 
 def test_the_summary_counts_what_it_says():

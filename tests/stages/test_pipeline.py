@@ -297,11 +297,11 @@ def test_a_prompt_longer_than_the_longest_is_refused(four, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("short_list", "reward 'mine' returned 127 values for 128 completions"),
+        ("short_list", "reward 'mine' returned 23 values for 24 completions"),
         ("not_a_number", "reward 'mine' returned nan for completion 0; return a finite number"),
     ],
 )
-def test_a_bad_reward_stops_the_stage_before_its_first_update(
+def test_a_bad_reward_stops_the_run_before_its_first_update(
     four, tmp_path, capsys, function, message
 ):
     mine = {"kind": "python", "name": "mine", "function": f"rewards_of_tests:{function}"}

@@ -46,7 +46,7 @@ def test_facts_survive_a_word_level_tokenizer(fps):
         facts = task.facts(task.generate("train", index))
         assert read_facts(write_facts(facts)) == facts
         decoded = decode(tokenizer, encode_completion(tokenizer, "", write_facts(facts))[1])
-        assert decoded.startswith("< facts > [ time ] 0 -")
+        assert decoded.startswith("<facts> [time] 0 -")
         assert read_facts(decoded) == facts
 
 

@@ -19,6 +19,7 @@ OPTIONS = {
     "moving_shapes": {"min_iou": 1.0},
 }
 STYLES = ("long", "short", "answer")
+TAG = r"</?\w+>|\[\w+\]"
 
 
 def seen(task, entry):
@@ -143,7 +144,9 @@ def test_words_cover_prompts_and_traces(task):
     for index in range(300):
         entry = task.generate("train", index)
         texts = [entry.prompt, *(task.trace(entry, style) for style in STYLES)]
-        plain = [re.sub(r"</?(think|answer)>", "", text) for text in texts]
+        tags = set(re.findall(TAG, " ".join(texts)))
+        assert tags - {"<think>", "</think>", "<answer>", "</answer>"} <= known
+        plain = [re.sub(TAG, "", text) for text in texts]
         assert set(problem.split_words(plain)) <= known
 
 
