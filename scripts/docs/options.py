@@ -21,6 +21,8 @@ from jaxrl_reason.objectives import AGGREGATORS
 from jaxrl_reason.sampling import SamplingConfig
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.policy_config import GRPOConfig, MORLConfig
+from jaxrl_reason.stages.reject_config import RejectConfig
+from jaxrl_reason.stages.reward_config import JudgeReward
 from jaxrl_reason.stages.sample import SampleConfig
 from jaxrl_reason.stages.stage_config import DPOConfig, SFTConfig
 from jaxrl_reason.tasks import Countdown, KnightsKnaves, ModularArithmetic, MovingShapes, Shapes
@@ -151,7 +153,13 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "dpo": lambda: _fields(_own(DPOConfig, elsewhere=_of_every_stage())),
     "grpo": lambda: _fields(_own(GRPOConfig, elsewhere=_of_every_stage())),
     "morl": lambda: _fields(_own(MORLConfig, elsewhere=_paths(GRPOConfig))),
-    "reward": lambda: _fields(_below(GRPOConfig, "rewards.<index>.")),
+    "reject": lambda: _fields(_own(RejectConfig, elsewhere=())),
+    "reward": lambda: _fields(
+        line
+        for line in _below(GRPOConfig, "rewards.<index>.")
+        if not line.path.startswith("backend.")
+    ),
+    "judge": lambda: _fields(_below(JudgeReward, "backend.")),
     "sample": lambda: _fields(
         line for line in describe(SampleConfig) if "sampling." not in line.path
     ),
