@@ -1,4 +1,4 @@
-"""The command line: run, import, export, evaluate, sample, lineage, bench.
+"""The command line: run, import, export, evaluate, sample, lineage, report, reproduce, bench.
 
 Mistakes in configurations, data or paths end with exit code 2 and one message; what a run has
 finished stays, and the same command goes on where it stopped.
@@ -49,6 +49,20 @@ _LINEAGE = """\
 Where a checkpoint comes from: every ancestor with its stage, steps, configuration hash and data
 hash, back to the untrained model.
 """
+_REPORT = """\
+One HTML page about a run, or about a stage beside its parent: results, curves, and what the model
+wrote for the same held-out problems before and after. A run writes it when it ends.
+
+  jaxrl-reason report runs/quickstart --examples 24
+"""
+_REPRODUCE = """\
+Run an experiment about a paper over several seeds, judge its claims and write its page. Seeds that
+are in the results already are not run again. NAME is a folder of configs/papers/ or a YAML file;
+fields of its run are set with key=value, for example
+
+  jaxrl-reason reproduce ton --smoke
+  jaxrl-reason reproduce ton --seeds 5 --jobs 2
+"""
 
 _BENCH = """\
 Time the standard workloads on this machine: W1 and W2, a step of GRPO with completions of equal and
@@ -69,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if more:
         arguments.overrides = [*arguments.overrides, *more]
     try:
-        arguments.command(arguments)
+        code = arguments.command(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -78,13 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    return 0
+    return code or 0
 
 
 def _run(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from jaxrl_reason.report import make_plots, stage_table
+    from jaxrl_reason.report import make_plots, stage_table, write_report
     from jaxrl_reason.stages.config import RunConfig
     from jaxrl_reason.stages.pareto import pareto_points
     from jaxrl_reason.stages.pipeline import run
@@ -97,9 +111,11 @@ def _run(arguments: argparse.Namespace) -> None:
     plots = make_plots(folder, kinds, pareto_points(config))
     console.print(stage_table(rows))
     print(f"summary  {folder / 'summary.json'}")
-    print(f"samples  {folder / rows[-1]['stage'] / 'samples.jsonl'}")
+    last = [row["stage"] for row in rows if row["accuracy_ci95"] is not None][-1]
+    print(f"samples  {folder / last / 'samples.jsonl'}")
     for plot in plots:
         print(f"plot     {plot}")
+    print(f"report   {write_report(folder, plots=plots)}")
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -206,6 +222,49 @@ def _lineage(arguments: argparse.Namespace) -> None:
         print(f"{line}  seed {meta['seed']}  version {meta['code_version']}")
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from jaxrl_reason.report import write_report
+
+    print(write_report(arguments.folder, examples=arguments.examples, out=arguments.out))
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from jaxrl_reason.reproduce import Options, reproduce, verdict_lines
+
+    # Behind --arms stand names, and overrides are seen by what they are.
+    arms = [word for word in arguments.arms if "=" not in word]
+    overrides = [*arguments.overrides, *(word for word in arguments.arms if "=" in word)]
+    options = Options(
+        name=arguments.name,
+        scale=arguments.scale,
+        seeds=arguments.seeds,
+        arms=tuple(arms),
+        jobs=arguments.jobs,
+        smoke=arguments.smoke,
+        output_dir=Path(arguments.output_dir),
+        results_dir=Path(arguments.results_dir),
+        discard=arguments.discard,
+        only_seed=arguments.only_seed,
+        overrides=tuple(overrides),
+    )
+    console = Console(soft_wrap=True)
+    outcome = reproduce(
+        options, say=lambda line: console.print(line, highlight=False, markup=False)
+    )
+    if arguments.only_seed is not None:
+        return 0
+    from jaxrl_reason.report.verdicts import verdict_table
+
+    Console().print(verdict_table(verdict_lines(outcome.experiment, outcome.verdicts)))
+    for path in outcome.written:
+        print(f"{path.suffix.removeprefix('.'):<5}{path}")
+    for failure in outcome.failures:
+        print(f"seed {failure.seed} failed: {failure.message}", file=sys.stderr)
+    return outcome.exit_code
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     from jaxrl_reason.bench.run import bench, default_shapes, serve_worker, table
     from jaxrl_reason.bench.workloads import SHAPES, WORKLOADS
@@ -248,8 +307,9 @@ def _fields(name: str) -> str:
         if kind and kind != before:
             lines.append(f"\n  of a stage of kind {kind}:")
         before = kind
+        member = nested.rpartition("/")[2]
         of_other = nested and not field.path.endswith(".kind")
-        only = f" if {field.path.rpartition('.')[0]}.kind is {nested};" if of_other else ""
+        only = f" if {field.path.rpartition('.')[0]}.kind is {member};" if of_other else ""
         lines.append(f"  {field.path}  ({field.type};{only} {field.default})")
         if field.help:
             lines.append(f"      {field.help}")
@@ -313,6 +373,25 @@ def _parser() -> argparse.ArgumentParser:
     lineage = add("lineage", _lineage, _LINEAGE, "where a checkpoint comes from")
     lineage.add_argument("checkpoint", help="folder of a stage or of one of its checkpoints")
     lineage.add_argument("--json", action="store_true", help="one JSON object an ancestor")
+    report = add("report", _report, _REPORT, "results and completions as a page")
+    report.add_argument("folder", help="of a run, or of a stage in it")
+    report.add_argument("--examples", type=int, default=12, metavar="N", help="problems to show")
+    report.add_argument("--out", metavar="FILE", help="page to be written, in place of report.html")
+    reproduce = add("reproduce", _reproduce, _REPRODUCE, "claims of a paper over several seeds")
+    reproduce.add_argument("name", metavar="NAME", help="experiment, or YAML file")
+    reproduce.add_argument("overrides", nargs="*", metavar="key=value", help="fields of its run")
+    reproduce.add_argument("--scale", choices=["small", "full"], help="small unless given")
+    reproduce.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1")
+    reproduce.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
+    reproduce.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at once")
+    reproduce.add_argument("--smoke", action="store_true", help="two steps a stage: does it run?")
+    folders = {"--output-dir": "runs/reproduce", "--results-dir": "docs/papers"}
+    for option, default in folders.items():
+        reproduce.add_argument(option, default=default, metavar="FOLDER", help=default)
+    reproduce.add_argument(
+        "--discard", action="store_true", help="move results of another configuration away"
+    )
+    reproduce.add_argument("--only-seed", type=int, help=argparse.SUPPRESS)
     bench = add("bench", _bench, _BENCH, "time the standard workloads")
     standard = ["W1", "W2", "W3", "W4"]
     bench.add_argument("--workloads", nargs="+", default=standard, metavar="NAME")

@@ -392,3 +392,31 @@ def test_lineage_takes_no_fields(cold, capsys):
         main(["lineage", cold, "seed=3"])
     assert exit_.value.code == 2
     assert "unrecognized arguments: seed=3" in capsys.readouterr().err
+
+
+# Reports
+
+
+def test_a_run_ends_with_the_page_that_the_command_makes_again(folder, capsys, tmp_path):
+    assert main(["run", str(folder / "small.yaml"), f"output_dir={folder}"]) == 0
+    page = folder / "small" / "report.html"
+    assert capsys.readouterr().out.splitlines()[-1] == f"report   {page}"
+    again = tmp_path / "again.html"
+    assert main(["report", str(folder / "small"), "--out", str(again)]) == 0
+    assert capsys.readouterr().out == f"{again}\n"
+    assert again.read_bytes() == page.read_bytes()
+    assert main(["report", str(folder / "small"), "--out", str(again), "--examples", "0"]) == 0
+    assert len(again.read_bytes()) < len(page.read_bytes())
+
+
+def test_a_report_of_a_stage_lies_in_its_folder(cold, capsys):
+    capsys.readouterr()
+    assert main(["report", cold]) == 0
+    assert capsys.readouterr().out == f"{cold}/report.html\n"
+    assert "<title>small: cold</title>" in (Path(cold) / "report.html").read_text()
+
+
+def test_a_report_of_no_run_is_refused(folder, refused):
+    assert "runs in it: small; give the folder of a run" in refused("report", folder)
+    assert "no such folder" in refused("report", folder / "none")
+    assert "examples=-1" in refused("report", folder / "small", "--examples", "-1")

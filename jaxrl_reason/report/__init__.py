@@ -1,5 +1,6 @@
-"""A run's tables and plots."""
+"""A run's tables, plots and page."""
 
+from jaxrl_reason.report.page import write_report
 from jaxrl_reason.report.plots import (
     accuracy_length_figure,
     curves_figure,
@@ -22,4 +23,5 @@ __all__ = [
     "stage_markdown",
     "stage_table",
     "stage_text",
+    "write_report",
 ]

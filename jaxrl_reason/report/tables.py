@@ -27,8 +27,18 @@ _KEYS = (
     "problems",
     "seconds",
 )
-_HEADERS = ("stage", "kind", "accuracy", "95% interval", "format", "tokens", "problems", "time")
-_TEXT_COLUMNS = 2  # the first two columns are words, the rest are numbers
+STAGE_HEADERS = (
+    "stage",
+    "kind",
+    "accuracy",
+    "95% interval",
+    "format",
+    "tokens",
+    "problems",
+    "time",
+)
+TEXT_COLUMNS = 2
+"""The first columns of a table of stages are words, the rest are numbers."""
 _NOT_MEASURED = "-"
 
 
@@ -55,23 +65,24 @@ def stage_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def stage_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """`stage_table` as a GitHub-flavoured Markdown table."""
-    rules = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(_HEADERS) - _TEXT_COLUMNS)
-    lines = [_HEADERS, rules, *(map(_escape_markdown, cells) for cells in _cells(rows))]
+    rules = ["---"] * TEXT_COLUMNS + ["---:"] * (len(STAGE_HEADERS) - TEXT_COLUMNS)
+    lines = [STAGE_HEADERS, rules, *(map(_escape_markdown, cells) for cells in stage_cells(rows))]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], frame: box.Box) -> Table:
     # The names of stages must survive on a terminal of 80 columns.
     table = Table(box=frame, collapse_padding=True, pad_edge=False)
-    for index, header in enumerate(_HEADERS):
-        justify = "left" if index < _TEXT_COLUMNS else "right"
-        table.add_column(header, justify=justify, no_wrap=index >= _TEXT_COLUMNS)
-    for cells in _cells(rows):
+    for index, header in enumerate(STAGE_HEADERS):
+        justify = "left" if index < TEXT_COLUMNS else "right"
+        table.add_column(header, justify=justify, no_wrap=index >= TEXT_COLUMNS)
+    for cells in stage_cells(rows):
         table.add_row(*map(_literal, cells))
     return table
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def stage_cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The cells of `stage_table`, in the order of `STAGE_HEADERS`."""
     for number, row in enumerate(rows):
         missing = [key for key in _KEYS if key not in row]
         if missing:
@@ -83,9 +94,9 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         [
             str(row["stage"]),
             str(row["kind"]),
-            _percent(row["accuracy"]),
-            _interval(row["accuracy_ci95"]),
-            _percent(row["format_rate"]),
+            percent(row["accuracy"]),
+            interval(row["accuracy_ci95"]),
+            percent(row["format_rate"]),
             _NOT_MEASURED if row["mean_length"] is None else f"{row['mean_length']:.1f}",
             _NOT_MEASURED if row["problems"] is None else f"{row['problems']:d}",
             _NOT_MEASURED if row["seconds"] is None else format_seconds(row["seconds"]),
@@ -137,7 +148,12 @@ def _numbers(sample: Mapping[str, Any], index: int) -> dict[str, float | None]:
 
 def _literal(text: str) -> Text:
     """Text shown as it is: no markup is read in it, and control characters become visible."""
-    return Text("".join(c if c == "\n" or _printable(c) else repr(c)[1:-1] for c in text))
+    return Text(visible(text))
+
+
+def visible(text: str) -> str:
+    """Text with control characters, but line breaks, as Python writes them in a string."""
+    return "".join(c if c == "\n" or _printable(c) else repr(c)[1:-1] for c in text)
 
 
 def _printable(character: str) -> bool:
@@ -155,9 +171,11 @@ def _number(value: float | None) -> str:
     return _NOT_MEASURED if value is None else f"{float(value):.2f}"
 
 
-def _percent(fraction: float | None) -> str:
+def percent(fraction: float | None) -> str:
+    """A fraction as percent, `-` for None."""
     return _NOT_MEASURED if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def _interval(bounds: Sequence[float] | None) -> str:
+def interval(bounds: Sequence[float] | None) -> str:
+    """Fractions [low, high] as percent, `-` for None."""
     return _NOT_MEASURED if bounds is None else f"{100 * bounds[0]:.1f} - {100 * bounds[1]:.1f} %"
