@@ -257,7 +257,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
         return 0
     from jaxrl_reason.report.verdicts import verdict_table
 
-    Console().print(verdict_table(verdict_lines(outcome.experiment, outcome.verdicts)))
+    table = verdict_table(verdict_lines(outcome.experiment, outcome.verdicts))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     for path in outcome.written:
         print(f"{path.suffix.removeprefix('.'):<5}{path}")
     for failure in outcome.failures:

@@ -6,7 +6,9 @@ Nothing here loads JAX, so that a worker starts fast and takes no device.
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Protocol, get_args
+
+import numpy as np
 
 from jaxrl_reason.data.chat import decode
 from jaxrl_reason.data.tokenizer import PreTrainedTokenizerFast
@@ -22,14 +24,24 @@ from jaxrl_reason.rewards import (
     score,
     score_async,
 )
+from jaxrl_reason.stages.judge_backends import judge_function
 from jaxrl_reason.stages.reward_config import (
     AnyReward,
+    JudgeReward,
     PythonReward,
     Scope,
     reward_name,
     reward_scope,
 )
-from jaxrl_reason.tasks import Problem, Task, Verdict
+from jaxrl_reason.tasks import Problem, Verdict
+
+
+class Verifier(Protocol):
+    """A task, or several."""
+
+    def verify(self, problem: Problem, text: str) -> Verdict:
+        """Judge a completion."""
+        ...
 
 
 class Read(NamedTuple):
@@ -49,7 +61,7 @@ class Judge:
 
     def __init__(
         self,
-        task: Task,
+        task: Verifier,
         tokenizer: PreTrainedTokenizerFast,
         rewards: Sequence[AnyReward],
         *,
@@ -92,9 +104,26 @@ class Judge:
         """The async rewards of a scope."""
         return await score_async(self._functions[scope, True], **_arguments(reads), first=first)
 
+    def score_alone(self, reads: Sequence[Read]) -> Scores:
+        """All rewards of completions of different problems: a group is a single completion."""
+        rewards = np.zeros((len(reads), len(self._rewards)), np.float32)
+        mask = np.zeros(rewards.shape, bool)
+        for scope in get_args(Scope):
+            size = 1 if scope == "group" else max(len(reads), 1)
+            for is_async in (False, True):
+                columns = self.columns(scope, is_async=is_async)
+                for start in range(0, len(reads) if columns else 0, size):
+                    here = slice(start, start + size)
+                    functions = self._functions[scope, is_async]
+                    found = score(functions, **_arguments(reads[here]), first=start)
+                    rewards[here, columns], mask[here, columns] = found
+        return rewards, mask
+
     @functools.cached_property
     def _functions(self) -> dict[tuple[Scope, bool], dict[str, RewardFunction]]:
-        functions = reward_functions(self._rewards, max_completion_length=self._longest)
+        functions = reward_functions(
+            self._rewards, max_completion_length=self._longest, check_judges=False
+        )
         table = {(scope, mode): {} for scope in get_args(Scope) for mode in (False, True)}
         for reward, (name, function) in zip(self._rewards, functions.items(), strict=True):
             is_async = inspect.iscoroutinefunction(function)
@@ -107,17 +136,24 @@ class Judge:
 
 
 def reward_functions(
-    rewards: Sequence[AnyReward], *, max_completion_length: int
+    rewards: Sequence[AnyReward], *, max_completion_length: int, check_judges: bool = True
 ) -> dict[str, RewardFunction]:
     """The configured rewards by name, in order.
 
+    Args:
+        rewards: their configurations.
+        max_completion_length: in tokens.
+        check_judges: ask each language model that judges once, so that a mistake shows here.
+
     Raises:
-        InputError: there is no such module or function.
+        InputError: there is no such module or function, or a judge that does not answer.
     """
 
     def function(reward: AnyReward) -> RewardFunction:
         if isinstance(reward, PythonReward):
             return load_function(reward.function)
+        if isinstance(reward, JudgeReward):
+            return judge_function(reward, check=check_judges)
         if reward.kind == "length":
             return make_length_reward(reward.low, reward.high)
         if reward.kind == "overlong":

@@ -30,7 +30,18 @@ def load(path: str | Path) -> Loaded:
         InputError: there is no checkpoint at that path, or it does not belong to a run.
     """
     step = checkpoint.find(path)
-    run = step.parents[2]
+    context = load_context(step)
+    params = checkpoint.restore_params(step, context.params_like)
+    return Loaded(context, params, checkpoint.read_meta(step))
+
+
+def load_context(path: str | Path) -> Context:
+    """`load` without the parameters.
+
+    Raises:
+        InputError: as `load` does.
+    """
+    run = checkpoint.find(path).parents[2]
     raw = load_yaml(run / "config.json")
     # The run may have been moved or renamed since: its place is where it was found.
     raw |= {"output_dir": str(run.parent), "name": run.name}
@@ -38,9 +49,7 @@ def load(path: str | Path) -> Loaded:
         # So may the published model; the run has its description, and its weights as `init`.
         raw["model"] |= {"path": str(run / TOKENIZER), "revision": None}
         raw["chat"] |= {"chat_template_path": None}
-    context = Context.create(validate(RunConfig, raw, str(run / "config.json")))
-    params = checkpoint.restore_params(step, context.params_like)
-    return Loaded(context, params, checkpoint.read_meta(step))
+    return Context.create(validate(RunConfig, raw, str(run / "config.json")))
 
 
 def export(

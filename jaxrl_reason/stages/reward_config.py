@@ -6,6 +6,7 @@ import pydantic
 from pydantic import Field, PositiveInt
 
 from jaxrl_reason.config import Config
+from jaxrl_reason.rewards import OpenAIServer, Rubric, When
 
 Scope = Literal["batch", "group", "completion"]
 """Which completions a reward function is given in one call."""
@@ -78,17 +79,115 @@ class PythonReward(Reward):
     """What a call is given: the whole batch, a problem's group, or one completion once it ends."""
 
 
+class PythonJudge(Config):
+    """A function of the user's that replies to prompts."""
+
+    kind: Literal["python"]
+    """`python`: `f(prompts: list[str]) -> list[str]`, plain or async."""
+    function: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    """Where it is, as `package.module:function`."""
+    scope: Scope = "batch"
+    """About which completions a call asks, as for `python` rewards."""
+
+
+class CheckpointJudge(Config):
+    """A model of ours that replies with its most likely tokens."""
+
+    kind: Literal["checkpoint"]
+    """`checkpoint`: a stage of another run, or a checkpoint of one."""
+    path: str
+    """Its folder, such as `runs/judge/tuned`."""
+    max_completion_length: PositiveInt = 256
+    """Longest reply in tokens."""
+    batch_size: PositiveInt = 64
+    """Replies sampled at once."""
+
+
+class JudgeReward(Reward):
+    """The number that a language model gives to a completion, brought to 0..1."""
+
+    kind: Literal["judge"]
+    """`judge`: (n - low) / (high - low) for the number n that the judge writes."""
+    name: str
+    """Name in the metrics."""
+    scale: tuple[float, float] = Rubric.scale
+    """The lowest and the highest number that the judge may write."""
+    prompt: str = Rubric.prompt
+    """What it is asked, with the fields {prompt}, {completion}, {thought}, {given}, {answer},
+    {fence}, {low} and {high}."""
+    pattern: str = Rubric.pattern
+    """Regular expression with one group, the number; the last match in a reply counts."""
+    when: When = Rubric.when
+    """Which completions are judged; by the verifier's verdict."""
+    otherwise: float | None = Rubric.otherwise
+    """Reward of the others; null: it does not apply to them."""
+    samples: PositiveInt = Rubric.samples
+    """Replies about a completion, of which the mean counts."""
+    backend: Annotated[OpenAIServer | PythonJudge | CheckpointJudge, Field(discriminator="kind")]
+    """Who judges."""
+
+    @property
+    def rubric(self) -> Rubric:
+        """What is asked and how the reply is read."""
+        return Rubric(
+            scale=self.scale,
+            prompt=self.prompt,
+            pattern=self.pattern,
+            when=self.when,
+            otherwise=self.otherwise,
+            samples=self.samples,
+        )
+
+    @pydantic.model_validator(mode="after")
+    def _acts(self):
+        _ = self.rubric  # refuses what it cannot be
+        if self.samples == 1:
+            return self
+        if isinstance(self.backend, CheckpointJudge):
+            raise ValueError(
+                f"samples={self.samples} cannot act with backend.kind=checkpoint, whose replies "
+                "are all the same; remove it"
+            )
+        if isinstance(self.backend, OpenAIServer) and self.backend.temperature == 0:
+            raise ValueError(
+                f"samples={self.samples} cannot act with backend.temperature=0, at which replies "
+                "are all the same; raise that or remove samples"
+            )
+        return self
+
+
 AnyReward = Annotated[
-    AccuracyReward | GradeReward | FormatReward | LengthReward | OverlongReward | PythonReward,
+    AccuracyReward
+    | GradeReward
+    | FormatReward
+    | LengthReward
+    | OverlongReward
+    | PythonReward
+    | JudgeReward,
     Field(discriminator="kind"),
 ]
 
 
-def reward_name(reward: Reward) -> str:
+def reward_name(reward: AnyReward) -> str:
     """The name of a reward in metrics."""
-    return reward.name if isinstance(reward, PythonReward) else reward.kind
+    return reward.name if isinstance(reward, PythonReward | JudgeReward) else reward.kind
 
 
-def reward_scope(reward: Reward) -> Scope:
+def reward_scope(reward: AnyReward) -> Scope:
     """Which completions a reward is given in one call; for built-in ones it makes no difference."""
+    if isinstance(reward, JudgeReward):
+        backend = reward.backend
+        if isinstance(backend, PythonJudge):
+            return backend.scope
+        return "batch" if isinstance(backend, CheckpointJudge) else "completion"
     return reward.scope if isinstance(reward, PythonReward) else "completion"
+
+
+def uses_device(reward: AnyReward) -> bool:
+    """Whether a reward computes on the devices of the run."""
+    return isinstance(reward, JudgeReward) and isinstance(reward.backend, CheckpointJudge)
+
+
+def runs_elsewhere(reward: AnyReward) -> bool:
+    """Whether a reward may be one that the main process only waits for."""
+    return isinstance(reward, PythonReward | JudgeReward) and not uses_device(reward)

@@ -18,11 +18,17 @@ from jaxrl_reason.models import ModelConfig
 from jaxrl_reason.models.config import RopeScaling
 from jaxrl_reason.models.lora import LoRAConfig
 from jaxrl_reason.models.vision_config import VisionConfig
+from jaxrl_reason.rewards import OpenAIServer
 from jaxrl_reason.stages.config import EvaluationConfig, EvaluationSet, RunConfig
 from jaxrl_reason.stages.data_config import PythonData, StageData
 from jaxrl_reason.stages.policy_config import MORLConfig, Phase
 from jaxrl_reason.stages.reject_config import RejectConfig
-from jaxrl_reason.stages.reward_config import PythonReward
+from jaxrl_reason.stages.reward_config import (
+    CheckpointJudge,
+    JudgeReward,
+    PythonJudge,
+    PythonReward,
+)
 from jaxrl_reason.stages.sample import SampleConfig
 from jaxrl_reason.steps import OptimizerConfig
 
@@ -372,10 +378,14 @@ class Deep:
 
 # Parts that this run and its model have not.
 ELSEWHERE = (
+    CheckpointJudge,
     EvaluationSet,
+    JudgeReward,
     LoRAConfig,
+    OpenAIServer,
     Phase,
     PythonData,
+    PythonJudge,
     RejectConfig,
     RopeScaling,
     StageData,
