@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,10 +112,13 @@ def _held_out(context: Context, config: EvaluationConfig, chosen: EvaluationSet)
     held_out = context.tasks.size("test", chosen.task)
     count = wanted if held_out is None else min(wanted, held_out)
     levels = chosen.difficulties or (None,)
-    return [
-        context.tasks.generate("test", i // len(levels), levels[i % len(levels)], task=chosen.task)
-        for i in range(count)
-    ]
+    asked: Counter[int | None] = Counter()  # a difficulty may be named twice, to be met more often
+    problems = []
+    for number in range(count):
+        level = levels[number % len(levels)]
+        problems.append(context.tasks.generate("test", asked[level], level, task=chosen.task))
+        asked[level] += 1
+    return problems
 
 
 def _rewards(context: Context, reads: Sequence[Read]) -> list[dict[str, float | None]]:

@@ -10,8 +10,9 @@ from scipy import stats
 from jaxrl_reason import checkpoint
 from jaxrl_reason.data.batching import fill_rows
 from jaxrl_reason.data.records import read_jsonl
+from jaxrl_reason.stages.config import EvaluationSet
 from jaxrl_reason.stages.context import Context
-from jaxrl_reason.stages.evaluate import evaluate, summarize, wilson_interval
+from jaxrl_reason.stages.evaluate import _held_out, evaluate, summarize, wilson_interval
 from jaxrl_reason.steps import model_logprobs
 
 
@@ -48,6 +49,19 @@ def test_the_interval_stays_within_0_and_1_and_has_a_width():
 def test_impossible_counts_are_refused(successes, trials):
     with pytest.raises(ValueError, match=f"{successes} successes in {trials} trials"):
         wilson_interval(successes, trials)
+
+
+def test_a_set_of_difficulties_takes_each_in_turn_and_no_problem_twice(make_context, tmp_path):
+    context = make_context(tmp_path)
+    config = context.config.evaluation
+    chosen = EvaluationSet(difficulties=(1, 1, 2), problems=12)
+    problems = _held_out(context, config, chosen)
+    assert [p.columns["difficulty"] for p in problems] == [1, 1, 2] * 4
+    assert len({p.prompt for p in problems}) == 12
+    assert problems[0] == context.task.generate("test", 0, 1)
+    assert problems[4] == context.task.generate("test", 3, 1)
+    assert problems[5] == context.task.generate("test", 1, 2)
+    assert len(_held_out(context, config, EvaluationSet())) == config.problems
 
 
 def row(*, correct, formatted, length, finished, difficulty, measures=None):
