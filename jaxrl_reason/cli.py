@@ -231,7 +231,7 @@ def _report(arguments: argparse.Namespace) -> None:
 def _reproduce(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from jaxrl_reason.reproduce import Options, reproduce, verdict_lines
+    from jaxrl_reason.reproduce import Options, reproduce
 
     # Behind --arms stand names, and overrides are seen by what they are.
     arms = [word for word in arguments.arms if "=" not in word]
@@ -256,6 +256,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     if arguments.only_seed is not None:
         return 0
     from jaxrl_reason.report.verdicts import verdict_table
+    from jaxrl_reason.reproduce.terminal import verdict_lines
 
     table = verdict_table(verdict_lines(outcome.experiment, outcome.verdicts))
     Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -84,7 +84,9 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[Any]]] = {}
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Later, the keys that `<<` merges stand among the others, which may override them.
+        node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -98,7 +100,7 @@ class _Loader(yaml.SafeLoader):
                     f"line {line}: key {key_node.value!r} was already given on line {first}"
                 )
             lines[key_node.value] = line
-        return super().construct_mapping(node, deep=deep)
+        return node
 
     def construct_integer(self, node: yaml.ScalarNode) -> int:
         text = node.value.replace("_", "")
@@ -124,13 +126,22 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 def _parse_yaml(text: str) -> Any:
     """Parse one YAML document; raises `InputError` with the line of the mistake."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
+        return _unshared(yaml.load(text, Loader=_Loader))  # a SafeLoader: plain values only
+    except RecursionError as error:
+        raise InputError("not valid as a config: an anchor contains itself") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(f"{place}not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise InputError(f"not valid YAML: {error}") from error
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which each alias of an anchor is a value of its own, to be changed alone."""
+    if isinstance(value, dict):
+        return {name: _unshared(item) for name, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

@@ -417,6 +417,6 @@ def test_a_report_of_a_stage_lies_in_its_folder(cold, capsys):
 
 
 def test_a_report_of_no_run_is_refused(folder, refused):
-    assert "runs in it: small; give the folder of a run" in refused("report", folder)
+    assert "runs in it: small" in refused("report", folder)
     assert "no such folder" in refused("report", folder / "none")
     assert "examples=-1" in refused("report", folder / "small", "--examples", "-1")

@@ -154,6 +154,35 @@ def test_yaml_merge_keys_still_work(tmp_path):
     assert load_yaml(path)["other"] == {"a": 1, "b": 3}
 
 
+def test_yaml_merges_what_itself_merges_and_overrides(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text(
+        "deep: {base: &base {a: 1, b: 2}}\n"
+        "below: {deeper: {middle: &middle {<<: *base, a: 3}}}\n"
+        "top: {<<: *middle, b: 4}\n"
+        "both: [*middle, {<<: [*base, *middle], c: 5}]\n"
+    )
+    raw = load_yaml(path)
+    assert raw["below"]["deeper"]["middle"] == {"a": 3, "b": 2}
+    assert raw["top"] == {"a": 3, "b": 4}
+    assert raw["both"] == [{"a": 3, "b": 2}, {"a": 1, "b": 2, "c": 5}]
+
+
+def test_an_override_of_what_an_anchor_shares_changes_one_place(tmp_path):
+    path = tmp_path / "anchor.yaml"
+    path.write_text("a: &a {deep: {x: 1}}\nb: *a\nc: {<<: *a}\n")
+    raw = load_yaml(path)
+    raw["a"]["deep"]["x"] = 2
+    assert (raw["b"], raw["c"]) == ({"deep": {"x": 1}}, {"deep": {"x": 1}})
+
+
+def test_an_anchor_that_contains_itself_is_refused(tmp_path):
+    path = tmp_path / "circle.yaml"
+    path.write_text("a: &a {b: [*a]}\n")
+    with pytest.raises(InputError, match="anchor contains itself"):
+        load_yaml(path)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -11,7 +11,7 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -273,22 +273,54 @@ def _test_block(task: Proposer, difficulty: int | None, block: int) -> tuple[Can
     return tuple(chosen)
 
 
-def constant_answer_accuracy(task: Task, n: int) -> float:
+def constant_answer_accuracy(task: Task, n: int, difficulties: Sequence[int] = ()) -> float:
     """Accuracy on `n` test problems of the best answer that ignores the question.
 
     The answer is chosen per difficulty as the commonest of `n` train problems and scored on test
     problems, so a small sample does not flatter it.
+
+    Args:
+        task: whose problems they are.
+        n: how many of each split.
+        difficulties: only these, in turn; as the task mixes them when empty.
     """
+    seen = _answers(task, "train", n, difficulties)
+    best = {difficulty: counts.most_common(1)[0][0] for difficulty, counts in seen.items()}
+    held_out = _answers(task, "test", n, difficulties)
+    hits = (counts[best[d]] if d in best else 0 for d, counts in held_out.items())
+    return sum(hits) / n
+
+
+def chance_accuracy(task: Task, n: int, difficulties: Sequence[int] = ()) -> float:
+    """Expected accuracy on `n` test problems of a guess that knows how often which answer is right.
+
+    The guess is drawn from the answers of `n` train problems of the same difficulty. Arguments are
+    those of `constant_answer_accuracy`.
+    """
+    seen = _answers(task, "train", n, difficulties)
+    expected = 0.0
+    for difficulty, counts in _answers(task, "test", n, difficulties).items():
+        known = seen.get(difficulty, Counter())
+        for answer, count in counts.items():
+            expected += count * known[answer] / max(known.total(), 1)
+    return expected / n
+
+
+def _answers(
+    task: Task, split: Split, n: int, difficulties: Sequence[int]
+) -> dict[int, Counter[str]]:
+    """How often which answer is that of the first `n` problems of a split, by difficulty."""
     if n < 1:
         raise InputError(f"n={n} must be at least 1")
     counts: dict[int, Counter[str]] = defaultdict(Counter)
-    for index in range(n):
-        columns = task.generate("train", index).columns
+    levels = difficulties or (None,)
+    asked: Counter[int | None] = Counter()  # a difficulty may be named twice, to be met more often
+    for number in range(n):
+        wanted = levels[number % len(levels)]
+        columns = task.generate(split, asked[wanted], wanted).columns
+        asked[wanted] += 1
         counts[columns["difficulty"]][columns["answer_class"]] += 1
-    best = {difficulty: seen.most_common(1)[0][0] for difficulty, seen in counts.items()}
-    held_out = [task.generate("test", index).columns for index in range(n)]
-    hits = sum(best.get(columns["difficulty"]) == columns["answer_class"] for columns in held_out)
-    return hits / n
+    return counts
 
 
 def check_whole(name: str, value: Any, *, low: int, high: int) -> None:

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import pytest
 
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.tasks import Problem, constant_answer_accuracy, problem, read_completion
+from jaxrl_reason.tasks import (
+    Problem,
+    chance_accuracy,
+    constant_answer_accuracy,
+    problem,
+    read_completion,
+)
 
 GOOD = "<think> b = 4 ; </think> <answer> 4 </answer>"
 
@@ -135,6 +141,55 @@ def test_constant_answer_accuracy():
     assert abs(constant_answer_accuracy(Numbers(), 1000) - 0.75) < 0.06
     with pytest.raises(InputError, match="n=0"):
         constant_answer_accuracy(Numbers(), 0)
+
+
+def test_chance_accuracy_is_that_of_answers_by_their_frequency():
+    # 0 three quarters of the time and the right other answer else: 9/16 + 1/16.
+    assert abs(chance_accuracy(Numbers(), 1000) - 0.625) < 0.05
+    with pytest.raises(InputError, match="n=0"):
+        chance_accuracy(Numbers(), 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """Problems whose answers are written down: train, test."""
+
+    answers: tuple[str, str]
+    name = "listed"
+
+    def generate(self, split, index, difficulty=None):
+        of_split = self.answers[split == "test"]
+        answer = of_split[index % len(of_split)]
+        level = index % 2 if difficulty is None else difficulty
+        return Problem(
+            prompt="", answer=answer, columns={"difficulty": level, "answer_class": answer}
+        )
+
+
+def test_baselines_by_hand():
+    # Difficulty 0 has the answers a, a, a, c in training and a, b, a, b held out; difficulty 1
+    # has b, b, b, b and c, c, b, b.
+    task = Listed(answers=("ababab" + "cb", "acbcabbb"))
+    assert constant_answer_accuracy(task, 8) == (2 + 2) / 8
+    assert chance_accuracy(task, 8) == (2 * 0.75 + 2 * 1.0) / 8
+
+
+def test_baselines_of_chosen_difficulties():
+    # All problems are of difficulty 5 now: a 3, b 4, c 1 of 8 in training.
+    task = Listed(answers=("abababcb", "acbcabbb"))
+    assert constant_answer_accuracy(task, 8, [5]) == 4 / 8
+    assert chance_accuracy(task, 8, [5]) == (2 * 3 / 8 + 4 * 4 / 8 + 2 * 1 / 8) / 8
+    # Two in turn: a, b, a, b of each in training; a, c, b, c held out.
+    assert constant_answer_accuracy(task, 8, [5, 6]) == 2 * 1 / 8
+    assert chance_accuracy(task, 8, [5, 6]) == 2 * (1 * 0.5 + 1 * 0.5) / 8
+    # Three in four of 5: a, b, a, b, a, b and a, b in training; a, c, b, c, a, b and a, c held out.
+    expected = (2 * 0.5 + 2 * 0.5) + 1 * 0.5
+    assert chance_accuracy(task, 8, [5, 5, 5, 6]) == expected / 8
+
+
+def test_an_answer_or_difficulty_never_seen_in_training_counts_as_missed():
+    task = Listed(answers=("aa", "zz"))
+    assert constant_answer_accuracy(task, 4) == chance_accuracy(task, 4) == 0
 
 
 def test_split_words():
