@@ -117,6 +117,8 @@ class InstructedLayout:
     """Its options."""
     layouts: Mapping[str, float] = dataclasses.field(default_factory=lambda: {STANDARD: 1.0})
     """Share of each layout among the prompts."""
+    seed: int = 0
+    """Seed of the streams of problems and of their layouts."""
 
     name = "instructed_layout"
 
@@ -131,7 +133,7 @@ class InstructedLayout:
 
     @functools.cached_property
     def _inner(self) -> Task:
-        return make_task(self.task, self.options)
+        return make_task(self.task, {"seed": self.seed, **self.options})
 
     def words(self) -> tuple[str, ...]:
         """Words of the task, all tags, and what corrupted completions have."""
@@ -141,7 +143,7 @@ class InstructedLayout:
     def generate(self, split: Split, index: int, difficulty: int | None = None) -> Problem:
         """Problem `index` of a split of the task; its layout follows from that place."""
         problem = self._inner.generate(split, index, difficulty)
-        rng = random.Random(f"layout|{split}|{index}|{difficulty}")
+        rng = random.Random(f"layout|{self.seed}|{split}|{index}|{difficulty}")
         (layout,) = rng.choices(list(self.layouts), list(self.layouts.values()))
         return dataclasses.replace(
             problem,

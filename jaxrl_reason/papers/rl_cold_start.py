@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_reason.errors import InputError, nearest
-from jaxrl_reason.papers.rl_cold_start_teachers import Attempt, attempt_until, caption
+from jaxrl_reason.papers.rl_cold_start_teachers import Attempt, attempt_until, caption, fact
 from jaxrl_reason.stages.groups import Group
 from jaxrl_reason.tasks import Problem, Task, Verdict, write_completion
 from jaxrl_reason.tasks.problem import check_rate, check_whole
@@ -34,15 +34,30 @@ _TURNS = re.compile(
 # Demonstrations by teachers
 
 
-def captions_and_answers(
-    task: Task, problems: Sequence[Problem], rng: random.Random, *, captions: float
+def base_rows(
+    task: Task, problems: Sequence[Problem], rng: random.Random, *, captions: float, facts: float
 ) -> Iterator[dict[str, Any]]:
-    """What a base model learns: a share of captions, and else answers without a thought."""
+    """What a base model learns, for SFT stages on `arithmetic`.
+
+    Args:
+        task: of the problems.
+        problems: what the rows are about.
+        rng: draws what each row is.
+        captions: share of rows that say what a problem gives.
+        facts: share of rows with one step by itself, `37 + 5 = 42`; the rest of the rows answers
+            the problem without a thought.
+    """
     check_rate("captions", captions)
+    check_rate("facts", facts, high=1 - captions)
     for number, problem in enumerate(problems):
-        if rng.random() < captions:
+        drawn = rng.random()
+        if drawn < captions:
             prompt = problem.prompt.rpartition(";")[0] + "; describe"
             yield {"problem": number, "prompt": prompt, "completion": caption(problem)}
+        elif drawn < captions + facts:
+            asked, value = fact(problem, rng)
+            completion = f"{asked} = {value}"
+            yield {"problem": number, "prompt": f"{asked} ?", "completion": completion}
         else:
             yield {"problem": number, "completion": write_completion("", problem.answer)}
 

@@ -2,7 +2,7 @@
 
 import operator
 import random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxrl_reason.tasks import Problem
 
@@ -31,18 +31,25 @@ def attempt(problem: Problem, rng: random.Random, *, noise: float) -> Attempt:
     and a right answer does not prove its steps. The wording is drawn.
     """
     wording = rng.choice(_WORDINGS)
+    steps = _steps(problem, rng, noise)
+    slips = [step["name"] for step in steps if step["miss"]]
+    thought = " ".join(wording.format(**step) for step in steps)
+    return Attempt(thought, str(steps[-1]["value"]), slips[0] if slips else None)
+
+
+def _steps(problem: Problem, rng: random.Random, noise: float) -> list[dict[str, Any]]:
+    """The fields of the wordings for each step, and by how much its value misses the right one."""
     name, start = problem.columns["first"]
-    values, lines, slip = {name: start}, [], None
+    values, steps = {name: start}, []
     for name, first, sign, second in problem.columns["steps"]:
         left, right = values[first], values.get(second, second)
-        value = _APPLY[sign](left, right)
-        if rng.random() < noise:
-            value += rng.choice(_MISSES)
-            slip = slip or name
-        values[name] = value % problem.columns["modulus"]
-        parts = {"name": name, "first": first, "sign": sign, "left": left, "right": right}
-        lines.append(wording.format(**parts, value=values[name]))
-    return Attempt(" ".join(lines), str(values[name]), slip)
+        miss = rng.choice(_MISSES) if rng.random() < noise else 0
+        values[name] = (_APPLY[sign](left, right) + miss) % problem.columns["modulus"]
+        operands = {"left": left, "sign": sign, "right": right}
+        steps.append(
+            {"name": name, "first": first, **operands, "value": values[name], "miss": miss}
+        )
+    return steps
 
 
 def attempt_until(
@@ -62,3 +69,9 @@ def caption(problem: Problem) -> str:
     given = [f"{name} is {start}"]
     given += [" ".join([step[0], "is", *map(str, step[1:])]) for step in problem.columns["steps"]]
     return f"image : {' , '.join(given)} ."
+
+
+def fact(problem: Problem, rng: random.Random) -> tuple[str, str]:
+    """One of the steps of a problem by itself, with its value: `37 + 5` and `42`."""
+    step = rng.choice(_steps(problem, rng, 0.0))
+    return "{left} {sign} {right}".format(**step), str(step["value"])

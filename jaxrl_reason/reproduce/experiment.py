@@ -11,7 +11,7 @@ from jaxrl_reason.errors import InputError, nearest
 from jaxrl_reason.reproduce.budget import needed
 from jaxrl_reason.reproduce.experiment_config import ClaimTest, ExperimentConfig
 from jaxrl_reason.reproduce.smoke import shrink, smoke_overrides
-from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.config import RunConfig, TaskChoice
 
 SCALES = ("small", "full")
 _FOLDER = Path("configs") / "papers"
@@ -82,15 +82,32 @@ class Experiment:
         return read.union(*(metric.train for metric in self.config.metrics.values()))
 
     def run_of(self, seed: int, stages: Sequence[str], output_dir: Path) -> RunConfig:
-        """The run of a seed, of some stages only."""
-        given = self.raw_run["stages"]
+        """The run of a seed, of some stages only.
+
+        A seed also has training and held-out problems of its own, wherever the task has a `seed`
+        that the file leaves open: what is claimed is not of one draw of problems.
+        """
+        given, run = self.raw_run["stages"], self.config.run
         own = {
+            "task": _seeded(self.raw_run.get("task", {}), run.task, seed),
+            "tasks": {
+                name: _seeded(raw, run.tasks[name], seed)
+                for name, raw in self.raw_run.get("tasks", {}).items()
+            },
             "seed": seed,
             "name": f"seed_{seed}",
             "output_dir": str(output_dir / self.name / self.scale),
             "stages": {name: given[name] for name in given if name in stages},
         }
         return validate(RunConfig, {**self.raw_run, **own}, f"{self.path}, run")
+
+
+def _seeded(raw: Mapping[str, Any], choice: TaskChoice, seed: int) -> dict[str, Any]:
+    """A task as the file has it, with a seed where it may have one and none is given."""
+    names = {field.name for field in dataclasses.fields(choice.make())}
+    if "seed" not in names or "seed" in choice.options:
+        return dict(raw)
+    return {**raw, "options": {**raw.get("options", {}), "seed": seed}}
 
 
 def stages_of(test: ClaimTest) -> list[str]:

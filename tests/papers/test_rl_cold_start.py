@@ -1,5 +1,6 @@
 """What RL with Cold Start adds: teachers, constructions, measures, two statistics."""
 
+import collections
 import random
 import re
 from pathlib import Path
@@ -82,18 +83,21 @@ def test_a_caption_gives_what_the_prompt_gives():
     assert caption(CHAIN) == "image : a is 50 , d is a + 9 , b is d * d ."
 
 
-def test_the_base_model_learns_captions_and_answers_without_a_thought():
-    made = list(cold.captions_and_answers(TASK, [CHAIN] * 1000, random.Random(0), captions=0.3))
-    captions = [row for row in made if "prompt" in row]
-    assert 250 < len(captions) < 350
-    given = {"prompt": "a = 50 ; d = a + 9 ; b = d * d ; describe"}
-    assert captions[0] == {
-        "problem": captions[0]["problem"],
-        **given,
-        "completion": caption(CHAIN),
+def test_the_base_model_learns_captions_steps_and_answers_without_a_thought():
+    options = {"captions": 0.3, "facts": 0.5}
+    made = list(cold.base_rows(TASK, [CHAIN] * 2000, random.Random(0), **options))
+    assert [row["problem"] for row in made] == list(range(2000))
+    found = collections.Counter((row.get("prompt"), row["completion"]) for row in made)
+    expected = {
+        ("a = 50 ; d = a + 9 ; b = d * d ; describe", caption(CHAIN)): 600,
+        ("50 + 9 ?", "50 + 9 = 6"): 500,
+        ("6 * 6 ?", "6 * 6 = 36"): 500,
+        (None, "<think> </think> <answer> 36 </answer>"): 400,
     }
-    answers = {row["completion"] for row in made if "prompt" not in row}
-    assert answers == {"<think> </think> <answer> 36 </answer>"}
+    assert found.keys() == expected.keys()
+    assert all(abs(found[row] - count) < 80 for row, count in expected.items())  # deviation 21
+    with pytest.raises(InputError, match=r"facts=0.8 must be a number from 0.0 to 0.7"):
+        list(cold.base_rows(TASK, [CHAIN], random.Random(0), captions=0.3, facts=0.8))
 
 
 # Constructions
@@ -193,7 +197,7 @@ def test_the_vocabulary_of_the_configuration_has_all_words_and_rows_have_room():
         for construction in cold.CONSTRUCTIONS
         for row in cold.cold_start(task, problems, random.Random(0), construction=construction)
     ]
-    for row in cold.captions_and_answers(task, problems, random.Random(0), captions=0.5):
+    for row in cold.base_rows(task, problems, random.Random(0), captions=0.4, facts=0.3):
         texts += [row["completion"], row.get("prompt", "")]
     ids = tokenizer(texts)["input_ids"]
     assert tokenizer.unk_token_id not in {token for text in ids for token in text}

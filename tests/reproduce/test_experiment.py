@@ -241,6 +241,17 @@ def test_stages_for_arms(raw, load):
     assert run.output_dir == str(Path("out/shorter/small"))
 
 
+def test_a_seed_has_problems_of_its_own_unless_the_file_says_which(raw, load):
+    raw["run"]["tasks"] = {"far": {"options": {"seed": 7}}, "near": {"name": "countdown"}}
+    experiment = load(raw)
+    runs = [experiment.run_of(seed, ["cold"], Path("out")) for seed in (0, 3)]
+    assert [run.task.options["seed"] for run in runs] == [0, 3]
+    assert [run.tasks["near"].options["seed"] for run in runs] == [0, 3]
+    assert [run.tasks["far"].options["seed"] for run in runs] == [7, 7]
+    tasks = [run.task.make() for run in runs]
+    assert tasks[0].generate("test", 0).prompt != tasks[1].generate("test", 0).prompt
+
+
 # Hashes
 
 
