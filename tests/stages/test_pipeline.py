@@ -231,7 +231,7 @@ def test_a_copy_is_evaluated_anew_and_trained_further(four, tmp_path, capsys):
     """Other settings of the evaluation touch no training; a new stage starts from an old one."""
     copy = tmp_path / "four"
     shutil.copytree(four.directory, copy)
-    leave = {*PLOTS, "config.json", "summary.json", "eval.json", "samples.jsonl"}
+    leave = {*PLOTS, "config.json", "summary.json", "eval.json", "samples.jsonl", "report.html"}
     before = contents(copy, leave=leave)
     more = "{kind: sft, parent: cold, steps: 1, batch_size: 8, max_length: 40, \
         data: {num_examples: 64, styles: {answer: 1.0}}, optimizer: {learning_rate: 2.0e-2}}"
