@@ -114,6 +114,8 @@ def _written(stage: Stage, data: PythonData, kind: str) -> list[Made]:
 
 def _kept(stage: Stage, data: StageData, kind: str) -> list[Made]:
     path = stage.other / f"{kind}.jsonl"
+    if path.stat().st_size == 0:
+        return []
     required = ("problem", *SIDES[kind])
     types = dict.fromkeys(SIDES[kind], str) | {"problem": dict}
     records = load_records(path, required=required, types=types)
@@ -124,12 +126,30 @@ def _kept(stage: Stage, data: StageData, kind: str) -> list[Made]:
 
 
 def example_of(stage: Stage, made: Made) -> Example:
-    """A row with a completion."""
-    return _later(stage, made, "completion")
+    """A row with a completion.
+
+    Raises:
+        InputError: text that the vocabulary cannot express, by the row's place.
+    """
+    try:
+        return _later(stage, made, "completion")
+    except InputError as error:
+        raise InputError(f"{made.where}: {error}") from error
 
 
 def pair_of(stage: Stage, made: Made) -> Pair:
-    """A row with a chosen and a rejected completion."""
+    """A row with a chosen and a rejected completion.
+
+    Raises:
+        InputError: as `example_of`.
+    """
+    try:
+        return _pair(stage, made)
+    except InputError as error:
+        raise InputError(f"{made.where}: {error}") from error
+
+
+def _pair(stage: Stage, made: Made) -> Pair:
     row, encoder = made.row, stage.context.encoder
     if "chosen_ids" in row:
         return _later(stage, made, "chosen"), _later(stage, made, "rejected")

@@ -341,6 +341,12 @@ def test_a_function_writes_pairs_with_a_prompt_of_its_own(tiny, make_context, tm
     assert all(len(r.completion) == 2 * len(c.completion) - 1 for c, r in pairs)
 
 
+def test_a_row_with_an_unknown_word_is_named(tiny, make_context, tmp_path):
+    stage = made_by(tiny, make_context, tmp_path, "answers", word="unheard")
+    with pytest.raises(InputError, match=r"^builders_of_tests:answers, row 0: .*unheard"):
+        check_inputs(stage)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
