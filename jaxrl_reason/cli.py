@@ -382,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
     reproduce = add("reproduce", _reproduce, _REPRODUCE, "claims of a paper over several seeds")
     reproduce.add_argument("name", metavar="NAME", help="experiment, or YAML file")
     reproduce.add_argument("overrides", nargs="*", metavar="key=value", help="fields of its run")
-    reproduce.add_argument("--scale", choices=["small", "full"], help="small unless given")
+    reproduce.add_argument("--scale", choices=["small", "video", "full"], help="small unless given")
     reproduce.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1")
     reproduce.add_argument("--arms", nargs="+", default=[], metavar="ARM", help="only these")
     reproduce.add_argument("--jobs", type=int, default=1, metavar="N", help="seeds at once")

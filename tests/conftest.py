@@ -45,3 +45,12 @@ def mesh8() -> jax.sharding.Mesh:
         ("data", "fsdp", "tensor"),
         axis_types=(jax.sharding.AxisType.Auto,) * 3,
     )
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory) -> dict[str, Path]:
+    """A directory of each family, in Hugging Face's format with random weights."""
+    from published_models import CONFIGS, make_directory
+
+    folder = tmp_path_factory.mktemp("published")
+    return {family: make_directory(folder / family, family) for family in CONFIGS}

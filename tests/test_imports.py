@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"data", "metrics"},
     "bench": LEAVES | STEPS | {"sampling", "stages", "steps"},
     "papers": LEAVES | LIBRARY | {"sampling", "stages", "steps"},
-    "reproduce": {"checkpoint", "config", "metrics", "report", "stages", "tasks"},
+    "reproduce": {"checkpoint", "config", "metrics", "objectives", "report", "stages", "tasks"},
     "cli": {"bench", "config", "report", "reproduce", "stages"},
 }
 

@@ -523,6 +523,11 @@ def _forged(tokenizer: "PreTrainedTokenizerFast") -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
+def has_special(tokenizer: "PreTrainedTokenizerFast", text: str) -> bool:
+    """Whether a text would become special tokens, such as an end of turn; encoding refuses it."""
+    return _forged(tokenizer).search(text) is not None
+
+
 def _check_special(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> None:
     """Refuse texts that would become special tokens, such as an end of turn."""
     for text in texts:

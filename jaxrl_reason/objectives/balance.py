@@ -41,7 +41,7 @@ def pfab_advantages(
     num_generations: int,
     scope: str = "group",
     renormalize: str = "batch",
-    min_std: float | Float[Array, " M"],
+    min_std: float | Float[Array, " M"] | None,
     max_weight: float | None = None,
     frank_wolfe_steps: int | None = None,
 ) -> Balanced:
@@ -59,6 +59,7 @@ def pfab_advantages(
             amplifies noise where objectives cancel), or leave it (``none``).
         min_std: an objective with a smaller deviation in a group is left out there. Needed: one
             that does not vary is the shortest vector, and would take all weight and stop learning.
+            ``None`` lets it do so, as an ablation.
         max_weight: no weight above this; ours, meant for batch scope. See ``capped_weights``.
         frank_wolfe_steps: solve by that many steps of Frank-Wolfe, as the paper does, instead of
             exactly.
@@ -178,10 +179,12 @@ def _balance(
 ) -> Balanced:
     check_choice("scope", scope, SCOPES)
     check_choice("renormalize", renormalize, SCALES)
-    check_number("min_std", min_std, at_least=0)
     groups, applies = grouped(rewards, mask, num_generations)
-    min_std = per_objective("min_std", min_std, groups)
+    if min_std is not None:
+        check_number("min_std", min_std, at_least=0)
+        min_std = per_objective("min_std", min_std, groups)
     vectors, live = standardized(groups, applies, ddof=0, eps=0.0, min_std=min_std)
+    live = jnp.any(applies, axis=1) if min_std is None else live
     grams = jnp.einsum("ngi,ngj->nij", vectors, vectors, precision=jax.lax.Precision.HIGHEST)
     grams = grams / num_generations
     if scope == "group":

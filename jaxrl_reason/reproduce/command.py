@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.reproduce.claims import Verdict
-from jaxrl_reason.reproduce.experiment import Experiment, load_experiment, other_scale
+from jaxrl_reason.reproduce.experiment import Experiment, at_scale, load_experiment, other_scales
 from jaxrl_reason.reproduce.results import Results, read_results
 from jaxrl_reason.reproduce.runner import (
     Failure,
@@ -21,7 +21,7 @@ from jaxrl_reason.reproduce.runner import (
 
 _CACHE = ".jax_cache"
 _SMOKE_FOLDER = ".smoke"
-_SMOKE_SEEDS = 2
+_SMOKE_SEEDS = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,23 +164,20 @@ def _page(options: Options, results: Results, verdicts: list[Verdict]) -> list[P
 
     sections = [Section(experiment=results.experiment, results=results, verdicts=verdicts)]
     if not options.smoke:
-        other = _other_section(results)
-        sections += [] if other is None else [other]
+        others = other_scales(results.experiment)
+        sections += [_other_section(results, scale) for scale in others]
     return write_page(options.results / f"{results.experiment.name}.md", sections)
 
 
-def _other_section(results: Results) -> Any:
-    """The section of the other scale, with its results where there are some that fit."""
+def _other_section(results: Results, scale: str) -> Any:
+    """The section of another scale, with its results where there are some that fit."""
     from jaxrl_reason.reproduce.page import Section
 
-    experiment = other_scale(results.experiment, ())
-    if experiment is None:
-        return None
-    path = results.path.with_name(f"{experiment.scale}.json")
+    path = results.path.with_name(f"{scale}.json")
     found = read_results(path)
-    if found is not None and found["overrides"]:
-        experiment = other_scale(results.experiment, found["overrides"])
-    if experiment is None or found is None or found["hash"] != experiment.hash:
-        return None if experiment is None else Section(experiment=experiment)
+    overrides = [] if found is None else found["overrides"]
+    experiment = at_scale(results.experiment, scale, overrides)
+    if found is None or found["hash"] != experiment.hash:
+        return Section(experiment=at_scale(results.experiment, scale, ()))
     there = Results(path, experiment)
     return Section(experiment=experiment, results=there, verdicts=there.judge())

@@ -13,7 +13,8 @@ from jaxrl_reason.reproduce.experiment_config import ClaimTest, ExperimentConfig
 from jaxrl_reason.reproduce.smoke import shrink, smoke_overrides
 from jaxrl_reason.stages.config import RunConfig, TaskChoice
 
-SCALES = ("small", "full")
+SCALES = ("small", "video", "full")
+"""Names of the files of an experiment, in the order of the page."""
 _FOLDER = Path("configs") / "papers"
 _OWN = ("seed", "output_dir")
 
@@ -76,8 +77,10 @@ class Experiment:
         return [test for claim in self.config.claims.values() for test in claim.tests]
 
     def series(self) -> set[str]:
-        """Training metrics that tests and derived metrics read."""
-        paths = [test.metric.partition("@")[0] for test in self.tests()]
+        """Training metrics that tests, plots and derived metrics read."""
+        metrics = [test.metric for test in self.tests()]
+        metrics += [metric for plot in self.config.pareto for metric in (plot.x, plot.y)]
+        paths = [metric.partition("@")[0] for metric in metrics]
         read = {path.removeprefix("train.") for path in paths if path.startswith("train.")}
         return read.union(*(metric.train for metric in self.config.metrics.values()))
 
@@ -127,7 +130,7 @@ def load_experiment(
 
     Args:
         name: of an experiment under `configs/papers/`, or the path of a YAML file.
-        scale: `small` or `full`; when None, that of the file's name, or small.
+        scale: one of `SCALES`; when None, that of the file's name, or small.
         overrides: `key=value` for fields of `run`.
         smoke: make everything as short as possible.
         offline: look up neither model nor task, for which files may be missing here; what comes
@@ -168,12 +171,17 @@ def load_experiment(
     return experiment
 
 
-def other_scale(experiment: Experiment, overrides: Sequence[str]) -> Experiment | None:
-    """The same experiment at the other scale, to be described; None where no file is beside it."""
-    (scale,) = (name for name in SCALES if name != experiment.scale)
+def other_scales(experiment: Experiment) -> list[str]:
+    """The scales for which a file lies beside that of an experiment."""
+    if experiment.path.stem not in SCALES:
+        return []
+    others = [scale for scale in SCALES if scale != experiment.scale]
+    return [scale for scale in others if experiment.path.with_name(f"{scale}.yaml").exists()]
+
+
+def at_scale(experiment: Experiment, scale: str, overrides: Sequence[str]) -> Experiment:
+    """The same experiment at another scale, to be described."""
     path = experiment.path.with_name(f"{scale}.yaml")
-    if experiment.path.stem not in SCALES or not path.exists():
-        return None
     return load_experiment(str(path), scale, overrides, offline=True)
 
 

@@ -96,6 +96,19 @@ class Claim(Config):
     """All of which must hold."""
 
 
+class Pareto(Config):
+    """A plot of two numbers of which neither may be bought with the other."""
+
+    x: str
+    """Path of a number in a stage's record, as in a test; larger is better."""
+    y: str
+    """Another one; larger is better."""
+    arms: Names = ()
+    """Arms that are shown; all when empty."""
+    reference: tuple[float, float] = (0.0, 0.0)
+    """Corner above which the hypervolume is measured."""
+
+
 class ExperimentConfig(Config):
     """An experiment as its YAML file has it."""
 
@@ -113,6 +126,8 @@ class ExperimentConfig(Config):
     """Further numbers of stages by name."""
     claims: Mapping[str, Claim] = {}
     """Claims by a short name such as `C1`."""
+    pareto: tuple[Pareto, ...] = ()
+    """Plots of two numbers of the arms against each other."""
     smoke: Mapping[str, Any] = {}
     """Overrides of `run` for `--smoke`, by dotted key."""
     findings: str = ""
@@ -133,6 +148,13 @@ class ExperimentConfig(Config):
         for name, claim in self.claims.items():
             for number, test in enumerate(claim.tests):
                 self._check_test(f"claims.{name}.tests.{number}", test, stages)
+        for number, plot in enumerate(self.pareto):
+            for name in plot.arms:
+                _check_name(f"pareto.{number}.arms", name, list(self.arms))
+            for name in plot.arms or self.arms:
+                for field in ("x", "y"):
+                    metric, stage = getattr(plot, field), self.arms[name].stage
+                    self._check_derived(f"pareto.{number}", field, metric, "arms", stage)
         return self
 
     def _check_test(self, where: str, test: ClaimTest, stages: list[str]) -> None:
@@ -141,10 +163,14 @@ class ExperimentConfig(Config):
             if stage is None:
                 continue
             _check_name(f"{where}.{field}", stage, stages)
-            if test.metric.startswith(DERIVED):
-                name = test.metric.removeprefix(DERIVED)
-                _check_name(f"{where}.metric", name, list(self.metrics))
-                _check_name(f"{where}.{field}", stage, list(self.metrics[name].stages))
+            self._check_derived(where, "metric", test.metric, field, stage)
+
+    def _check_derived(self, where: str, key: str, metric: str, field: str, stage: str) -> None:
+        """Refuse a derived metric that is unknown, or that this stage does not have."""
+        if metric.startswith(DERIVED):
+            name = metric.removeprefix(DERIVED)
+            _check_name(f"{where}.{key}", name, list(self.metrics))
+            _check_name(f"{where}.{field}", stage, list(self.metrics[name].stages))
 
     @pydantic.model_validator(mode="after")
     def _metrics_load(self):

@@ -1,6 +1,7 @@
 """The Markdown page of an experiment, made from its results alone.
 
-A section for each scale: verdicts, findings, arms, training, budget, tests, completions, stages.
+A section for each scale: verdicts, findings, arms, fronts, training, budget, tests, completions,
+stages.
 """
 
 import os
@@ -20,6 +21,7 @@ from jaxrl_reason.reproduce.page_tables import (
     tests_table,
     verdicts_table,
 )
+from jaxrl_reason.reproduce.pareto import pareto_tables, write_pareto
 from jaxrl_reason.reproduce.section import Section, write_plots
 
 _COLUMNS = 96
@@ -45,7 +47,8 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for section in sections:
-            plots[section.experiment.scale] = write_plots(section, folder)
+            found = write_plots(section, folder) | write_pareto(section, folder)
+            plots[section.experiment.scale] = found
         text = page_text(sections, plots, path)
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -94,6 +97,9 @@ def _section(
     parts += ["### Findings\n", experiment.config.findings] if experiment.config.findings else []
     if section.has_results:
         parts += ["### Arms\n", _ABOUT_ARMS, arms_table(section), shown.get("arms", "")]
+        tables = enumerate(pareto_tables(section), start=1)
+        fronts = [part for n, text in tables for part in (text, shown.get(f"pareto_{n}", ""))]
+        parts += ["### Pareto fronts\n", _ABOUT_FRONTS, *fronts] if any(fronts) else []
     if "training" in shown:
         parts += ["### Training\n", _ABOUT_TRAINING, shown["training"]]
     parts += ["### Budget\n", _equalities(experiment), budget_table(section)]
@@ -106,6 +112,11 @@ _ABOUT_ARMS = (
     "Mean over seeds with half the width of its 95 % interval (Student's t). `constant answer` is "
     "the\naccuracy of the commonest answer of each difficulty, `chance` that of an answer drawn as "
     "often as it\noccurs; neither reads the question.\n"
+)
+_ABOUT_FRONTS = (
+    "Means over seeds with half the width of their 95 % interval. The hypervolume of an arm is the "
+    "area\nbetween the reference point and its own two numbers, seed by seed; an arm is on the "
+    "front where no\nother arm's mean is at least as good in both. In the plots dots are seeds.\n"
 )
 _ABOUT_TRAINING = (
     "The last stage of each arm: running mean, averaged over seeds, and the range of the seeds.\n"
@@ -120,7 +131,7 @@ def _command(section: Section) -> str:
     experiment = section.experiment
     words = ["jaxrl-reason reproduce", experiment.argument, *experiment.overrides]
     words += ["--smoke"] if experiment.is_smoke else []
-    words += ["--scale full"] if experiment.scale != SCALES[0] else []
+    words += [f"--scale {experiment.scale}"] if experiment.scale != SCALES[0] else []
     count = len(section.results.entries) if section.results else 0
     return " ".join([*words, f"--seeds {count}"] if count else words)
 
@@ -176,7 +187,8 @@ def _image(name: str, plot: Path, path: Path) -> str:
         "training": "Training curves of each arm",
         "claims": "Interval of each test against its margin",
     }
-    return f"![{words[name]}]({Path(os.path.relpath(plot, path.parent)).as_posix()})\n"
+    about = words.get(name, "Two numbers of each arm against each other, and the front")
+    return f"![{about}]({Path(os.path.relpath(plot, path.parent)).as_posix()})\n"
 
 
 def _filled(text: str) -> str:

@@ -12,18 +12,26 @@ from jaxrl_reason.stages.config import RunConfig
 _STEPS = 2
 _PROBLEMS = 16
 _EXAMPLES = 32
+_PROMPTS = 8
+_LAYERS = 1
 
 
 def shrink(given: Mapping[str, Any], run: RunConfig) -> dict[str, Any]:
-    """`run` as its file has it, with fewer steps and data.
+    """`run` as its file has it, with fewer steps, data and layers.
+
+    Most of the time of such a run is the compiler's, which a layer costs seconds.
 
     Args:
         given: plain values.
         run: what they are.
     """
     small = copy.deepcopy(dict(given))
+    if run.model.path is None:
+        model = small.setdefault("model", {})
+        model["changes"] = {**model.get("changes", {}), "num_hidden_layers": _LAYERS}
     evaluation = small["evaluation"]
     evaluation["problems"] = min(run.evaluation.problems, _PROBLEMS)
+    evaluation["batch_size"] = min(run.evaluation.batch_size, _PROBLEMS)
     for name, chosen in run.evaluation.sets.items():
         if chosen.problems is not None:
             evaluation["sets"][name]["problems"] = min(chosen.problems, _PROBLEMS)
@@ -41,6 +49,8 @@ def _shrink_stage(stage: dict[str, Any], whole: Mapping[str, Any]) -> None:
     """Change the values `stage` in place, whose defaults `whole` knows."""
     if "steps" in whole:
         stage["steps"] = min(whole["steps"], _STEPS)
+    if "prompts_per_step" in whole:
+        stage["prompts_per_step"] = min(whole["prompts_per_step"], _PROMPTS)
     if whole.get("curriculum"):
         first, *more = stage["curriculum"]
         stage["curriculum"] = [{**first, "steps": 1}, *more[-1:]]

@@ -32,6 +32,7 @@ from jaxrl_reason.stages.config import RunConfig, StageConfig, problems_of
 from jaxrl_reason.stages.encoding import Encoder, Prompt
 from jaxrl_reason.stages.eyes import Eyes
 from jaxrl_reason.stages.policy_rows import Sight
+from jaxrl_reason.stages.shared_steps import SharedSteps
 from jaxrl_reason.stages.task_set import Place, TaskSet
 from jaxrl_reason.steps import partition
 from jaxrl_reason.tasks import Problem, Task, VisualTask
@@ -54,6 +55,8 @@ class Context:
     """Makes tokens of prompts and completions."""
     stop_ids: tuple[int, ...]
     """Tokens that end a completion."""
+    shared: SharedSteps = dataclasses.field(default_factory=SharedSteps, compare=False)
+    """Jitted functions of its stages."""
 
     @classmethod
     def create(cls, config: RunConfig) -> "Context":

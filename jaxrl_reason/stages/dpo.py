@@ -30,7 +30,6 @@ from jaxrl_reason.stages.training import (
     train,
 )
 from jaxrl_reason.steps import (
-    Optimizer,
     Step,
     make_preference_step,
     needs_reference,
@@ -51,8 +50,8 @@ def run_dpo(stage: Stage) -> None:
     reference = None
     if needs_reference(config.loss_type):
         reference = reference_logprobs(stage, pairs, length, num_patches)
-    optimizer = stage_optimizer(stage, config.steps)
-    update = preference_update(stage, optimizer)
+    optimizer = stage_optimizer(stage)
+    update = preference_update(stage)
 
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(pairs), batch_size=config.batch_size)
@@ -72,19 +71,18 @@ def run_dpo(stage: Stage) -> None:
     train(stage, begin, one_step, show=show, data_hash=data_hash)
 
 
-def preference_update(stage: Stage, optimizer: Optimizer) -> Step:
+def preference_update(stage: Stage) -> Step:
     """The compiled update of a stage."""
     config: DPOConfig = stage.config
-    step = make_preference_step(
-        stage.context.model,
-        optimizer,
+    return compile_step(
+        stage,
+        make_preference_step,
         loss_type=config.loss_type,
         loss_weights=config.loss_weights or (1.0,) * len(config.loss_type),
         beta=config.beta,
         options=config.options,
         logprob_chunk_size=config.logprob_chunk_size,
     )
-    return compile_step(stage, step, optimizer)
 
 
 def preference_pairs(stage: Stage) -> list[Pair]:

@@ -21,17 +21,17 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_reason.models import Params
 from jaxrl_reason.objectives import weighted_sum_advantages
 from jaxrl_reason.stages.breakdown import Times
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.other_logprobs import OtherLogprobs
 from jaxrl_reason.stages.policy_config import GRPOConfig, PolicyConfig, reward_weights
 from jaxrl_reason.stages.policy_rows import PolicyRows, may_drop
-from jaxrl_reason.stages.rollouts import open_rollouts
+from jaxrl_reason.stages.rollouts import Batch, open_rollouts
 from jaxrl_reason.stages.scoring import Scored
 from jaxrl_reason.stages.training import StepResult, compile_step, resume, stage_optimizer, train
 from jaxrl_reason.steps import (
-    Optimizer,
     PolicyObjective,
     Step,
     make_policy_step,
@@ -39,6 +39,8 @@ from jaxrl_reason.steps import (
 
 AdvantagesOf = Callable[[Scored], tuple[np.ndarray, dict[str, Any]]]
 """Rewards to one advantage per completion [B], and metrics of how that was done."""
+Look = Callable[[Params, int, Batch, np.ndarray], dict[str, float]]
+"""What else is measured of a step: `(params, step, batch, advantages)` to metrics."""
 
 
 def run_grpo(stage: Stage) -> None:
@@ -62,12 +64,18 @@ def run_grpo(stage: Stage) -> None:
     train_policy(stage, advantages_of)
 
 
-def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
-    """The loop above, for any way of turning rewards into advantages."""
+def train_policy(stage: Stage, advantages_of: AdvantagesOf, look: Look | None = None) -> None:
+    """The loop above, for any way of turning rewards into advantages.
+
+    Args:
+        stage: the stage.
+        advantages_of: that way.
+        look: called before each update.
+    """
     config: PolicyConfig = stage.config
-    optimizer = stage_optimizer(stage, config.steps * config.num_iterations)
+    optimizer = stage_optimizer(stage)
     begin = resume(stage, optimizer, data_hash=stage.context.root_hash)
-    update = policy_update(stage, optimizer)
+    update = policy_update(stage)
     rows = policy_rows(stage)
     others = OtherLogprobs(stage, begin.meta.get("mismatch"))
     with open_rollouts(stage, begin) as rollouts:
@@ -76,6 +84,7 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
             times = Times()
             batch = rollouts.next(state.params, step, times)
             advantages, how = advantages_of(batch.scored)
+            seen = look(state.params, step, batch, advantages) if look else {}
             with times.phase("update"):
                 placed, packing = rows.place(batch.rollout, advantages, batch.counts, batch.sights)
             with times.phase("logprobs"):
@@ -88,7 +97,7 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
                 updates = jax.device_get(updates)
             times.count("update", config.num_iterations * int(packing["tokens"]))
             others.look(step + 1, updates[0], is_stale=batch.is_stale)
-            metrics = how | batch.metrics | weights | _shares(packing) | times.metrics()
+            metrics = how | seen | batch.metrics | weights | _shares(packing) | times.metrics()
             return StepResult(
                 state,
                 updates,
@@ -105,7 +114,6 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
             one_step,
             show=("reward", "rewards/accuracy/mean", "completions/mean_length"),
             data_hash=stage.context.root_hash,
-            updates_per_step=config.num_iterations,
             more_meta=lambda done: {
                 "cursor": {"step": done, **rollouts.state()},
                 "mismatch": others.state(),
@@ -113,20 +121,26 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf) -> None:
         )
 
 
-def policy_update(stage: Stage, optimizer: Optimizer) -> Step:
+def policy_update(stage: Stage) -> Step:
     """The compiled update of a stage."""
     config: PolicyConfig = stage.config
-    objective = PolicyObjective(
+    return compile_step(
+        stage,
+        make_policy_step,
+        objective=policy_objective(config),
+        logprob_chunk_size=config.logprob_chunk_size,
+    )
+
+
+def policy_objective(config: PolicyConfig) -> PolicyObjective:
+    """What the updates of a stage minimise."""
+    return PolicyObjective(
         loss_type=config.loss_type,
         options=config.options,
         beta=config.beta,
         temperature=config.sampling.temperature,
         max_completion_length=config.max_completion_length,
     )
-    step = make_policy_step(
-        stage.context.model, optimizer, objective, logprob_chunk_size=config.logprob_chunk_size
-    )
-    return compile_step(stage, step, optimizer)
 
 
 def policy_rows(stage: Stage) -> PolicyRows:

@@ -8,6 +8,7 @@ advantage (P-FAB, arXiv 2604.04415; GDPO, arXiv 2601.05242; and others).
 import jax
 
 from jaxrl_reason.stages.completions import Scored
+from jaxrl_reason.stages.conflict import Conflict
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import train_policy
 from jaxrl_reason.stages.policy_config import MORLConfig
@@ -26,4 +27,4 @@ def run_morl(stage: Stage) -> None:
         metrics = {f"objectives/weights/{n}": w for n, w in zip(names, means, strict=True)}
         return advantages, metrics
 
-    train_policy(stage, advantages_of)
+    train_policy(stage, advantages_of, Conflict(stage).look if config.conflict_steps else None)

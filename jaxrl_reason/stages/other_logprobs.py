@@ -69,8 +69,9 @@ class OtherLogprobs:
         self._reference = None
         if config.beta > 0:
             self._reference = Reference(stage)
-            jitted = jax.jit(make_batch_logprobs(model, **of_model))
-            self._logprobs = on_mesh(jitted, stage.context.mesh)
+            mesh = stage.context.mesh
+            make = lambda: on_mesh(jax.jit(make_batch_logprobs(model, **of_model)), mesh)
+            self._logprobs = stage.context.shared.get(make, "batch_logprobs", of_model)
         self._mismatch = Mismatch(config.mismatch, model.config.dtype, saved)
         self._correction = make_correction(model, stage.context.mesh, config.mismatch, **of_model)
 

@@ -213,7 +213,8 @@ def _evaluated(
 def _kept(stage: Stage, meta: Mapping[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """The summary row of a stage that trains nothing: of what its parent wrote."""
     counts = meta["counts"]
-    say(f"{stage.name}: kept {counts['rows']} rows and {counts['pairs']} pairs")
+    special = f", left out {counts['left_out']} with special tokens" if counts["left_out"] else ""
+    say(f"{stage.name}: kept {counts['rows']} rows and {counts['pairs']} pairs{special}")
     row = {"stage": stage.name, "kind": stage.config.kind, "accuracy_ci95": None}
     row |= {name: counts[name] for name in ("accuracy", "format_rate", "mean_length")}
     return row | {"problems": stage.config.num_prompts, "seconds": meta["seconds"]}

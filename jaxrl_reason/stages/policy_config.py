@@ -244,6 +244,11 @@ class PolicyConfig(Training):
             )
         return self
 
+    @property
+    def updates(self) -> int:
+        """Updates of the optimiser in the whole stage."""
+        return self.steps * self.num_iterations
+
 
 class GRPOConfig(PolicyConfig):
     """Group-relative policy optimisation. arXiv 2402.03300."""
@@ -268,6 +273,9 @@ class MORLConfig(PolicyConfig):
     """How objectives become one advantage; see `jaxrl_reason.objectives.AGGREGATORS`."""
     aggregator_options: Mapping[str, Any] = {}
     """Arguments of the aggregator, for example `scope: batch`."""
+    conflict_steps: Positive | None = None
+    """Every so many steps, compare the update with MGDA on the objectives' gradients, for which
+    each takes a backward pass of its own; null: never."""
 
     @property
     def aggregator_takes_weights(self) -> bool:

@@ -19,11 +19,12 @@ from random import Random
 from typing import Any
 
 from jaxrl_reason import checkpoint
+from jaxrl_reason.data import chat
 from jaxrl_reason.data.records import write_jsonl
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.groups import Group, Sampled, sample_groups
-from jaxrl_reason.stages.made_rows import call_builder, checked_rows
+from jaxrl_reason.stages.made_rows import SIDES, call_builder, checked_rows
 from jaxrl_reason.stages.reject_config import RejectConfig
 
 META = "data.json"
@@ -48,6 +49,8 @@ def run_reject(stage: Stage) -> None:
     else:
         rows = call_builder(config.builder, (groups,), stage.seed, config.options)
         made = checked_rows(rows, problems, config.builder, ("pairs", "rows"))
+    every, made = len(made), [one for one in made if _can_be_read(stage, *one)]
+    left_out = every - len(made)
     if config.balance:
         made = _balanced(made, problems, stage)
     if not made:
@@ -57,7 +60,7 @@ def run_reject(stage: Stage) -> None:
             f"{solved} were solved at least once; raise num_prompts or num_generations, or let "
             "min_accuracy and max_accuracy leave out less"
         )
-    counts = _write_rows(stage, made)
+    counts = {**_write_rows(stage, made), "left_out": left_out}
     _write_meta(stage, counts | _shares(written[0]), time.monotonic() - began)
 
 
@@ -118,6 +121,16 @@ def _row(group: Group, **sides: Sampled) -> dict[str, Any]:
     row: dict[str, Any] = {"problem": group.number}
     row |= {name: side.text for name, side in sides.items()}
     return row | {f"{name}_ids": side.ids for name, side in sides.items()}
+
+
+def _can_be_read(stage: Stage, kind: str, row: dict[str, Any]) -> bool:
+    """Whether its texts say which tokens they are.
+
+    A policy may write a special token by chance, which the text of a builder's row then spells out.
+    """
+    tokenizer = stage.context.tokenizer
+    texts = [row[side] for side in SIDES[kind] if f"{side}_ids" not in row]
+    return not any(chat.has_special(tokenizer, text) for text in texts)
 
 
 def _balanced(made, problems, stage: Stage) -> list[tuple[str, dict[str, Any]]]:

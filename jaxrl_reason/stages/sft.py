@@ -32,12 +32,8 @@ def run_sft(stage: Stage) -> None:
         rows = [[i] for i in range(len(examples))]
     of_rows = [[examples[i] for i in row] for row in rows]
     num_patches = stage.context.patches_of(*of_rows)
-    optimizer = stage_optimizer(stage, config.steps)
-    update = compile_step(
-        stage,
-        make_sft_step(stage.context.model, optimizer, logprob_chunk_size=config.logprob_chunk_size),
-        optimizer,
-    )
+    optimizer = stage_optimizer(stage)
+    update = compile_step(stage, make_sft_step, logprob_chunk_size=config.logprob_chunk_size)
 
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(rows), batch_size=config.batch_size)

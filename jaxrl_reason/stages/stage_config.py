@@ -62,6 +62,11 @@ class Training(FromParent):
     logprob_chunk_size: Positive | None = None
     """Tokens whose logits may exist at once; null: as many as have 512 MiB of logits."""
 
+    @property
+    def updates(self) -> int:
+        """Updates of the optimiser in the whole stage."""
+        return self.steps
+
 
 class SFTConfig(Training):
     """Supervised fine-tuning on demonstrations, on the completion's tokens only."""

@@ -59,23 +59,35 @@ class StepResult(NamedTuple):
 OneStep = Callable[[TrainState, int], StepResult]
 
 
-def stage_optimizer(stage: Stage, updates: int) -> Optimizer:
+def stage_optimizer(stage: Stage) -> Optimizer:
     """The optimiser of all updates of a stage, for the parameters that the run trains."""
     trains = trainable(stage.context.model.config)
-    return make_optimizer(stage.config.optimizer, updates, trains)
+    return make_optimizer(stage.config.optimizer, stage.config.updates, trains)
 
 
-def compile_step(stage: Stage, step: Step, optimizer: Optimizer) -> Step:
-    """Jit a step with the state's shardings and its memory donated; batches are [k, rows, ...]."""
+def compile_step(stage: Stage, make_step: Callable[..., Step], **options: Any) -> Step:
+    """Jit a step with the state's shardings and its memory donated; batches are [k, rows, ...].
+
+    Args:
+        stage: the stage; those with an equal optimiser and equal options share the step.
+        make_step: `(model, optimizer, **options) -> step`.
+        options: numbers, strings, and tuples, mappings and dataclasses of them.
+    """
     context = stage.context
-    states = _shardings(stage, optimizer)
-    jitted = jax.jit(
-        step,
-        in_shardings=(states, batch_sharding(context.mesh, batch_axis=1)),
-        out_shardings=(states, replicated(context.mesh)),
-        donate_argnums=0,
-    )
-    return on_mesh(jitted, context.mesh)
+
+    def make() -> Step:
+        optimizer = stage_optimizer(stage)
+        states = _shardings(stage, optimizer)
+        jitted = jax.jit(
+            make_step(context.model, optimizer, **options),
+            in_shardings=(states, batch_sharding(context.mesh, batch_axis=1)),
+            out_shardings=(states, replicated(context.mesh)),
+            donate_argnums=0,
+        )
+        return on_mesh(jitted, context.mesh)
+
+    of = (make_step.__qualname__, options, stage.config.optimizer, stage.config.updates)
+    return context.shared.get(make, *of)
 
 
 def fresh_state(stage: Stage, optimizer: Optimizer, params: Params) -> TrainState:
@@ -124,7 +136,6 @@ def train(
     *,
     show: tuple[str, ...],
     data_hash: str,
-    updates_per_step: int = 1,
     more_meta: Callable[[int], Mapping[str, Any]] = lambda done: {"cursor": {"step": done}},
 ) -> None:
     """Run the steps that are left.
@@ -139,14 +150,13 @@ def train(
         one_step: `(state, step) -> StepResult`, steps counted from 0.
         show: names of metrics for the progress bar.
         data_hash: identifies the stage's data.
-        updates_per_step: updates of the optimiser in one step, for the logged learning rate.
         more_meta: what else a checkpoint after so many steps says, as JSON values.
     """
     config = stage.config
     state, meta = begin.state, begin.meta
     guard = Guard(stage.name, config, meta.get("guard"))  # none in checkpoints older than the guard
     tracking = stage.context.config.tracking
-    rate = learning_rate_schedule(config.optimizer, config.steps * updates_per_step)
+    rate = learning_rate_schedule(config.optimizer, config.updates)
     seconds, began = meta.get("seconds", 0.0), time.monotonic()
     compiles = CompileWatch(stage.name)
     rows: list[dict[str, float]] = []
@@ -173,7 +183,7 @@ def train(
                 counted_tokens=result.counted_tokens,
                 advantages=result.advantages,
             )
-            metrics["learning_rate"] = float(rate(step * updates_per_step))
+            metrics["learning_rate"] = float(rate(step * (config.updates // config.steps)))
             rows.append(metrics)
             log.log(done, metrics)
             shown = {name: metrics[name] for name in show if name in metrics}

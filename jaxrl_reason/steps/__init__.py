@@ -1,7 +1,7 @@
 """One pure update for each kind of training; the stages jit, shard and donate them."""
 
 from jaxrl_reason.steps.forward import make_batch_logprobs, model_logprobs, target_logprobs
-from jaxrl_reason.steps.policy import PolicyObjective, make_policy_step
+from jaxrl_reason.steps.policy import PolicyObjective, make_policy_gradient, make_policy_step
 from jaxrl_reason.steps.preference import (
     make_preference_step,
     needs_reference,
@@ -37,6 +37,7 @@ __all__ = [
     "learning_rate_schedule",
     "make_batch_logprobs",
     "make_optimizer",
+    "make_policy_gradient",
     "make_policy_step",
     "make_preference_step",
     "make_sft_step",

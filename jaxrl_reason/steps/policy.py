@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,10 +11,18 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxrl_reason.arrays import aggregate
 from jaxrl_reason.losses import LOSS_TYPES, kl_estimate
-from jaxrl_reason.models import Model
+from jaxrl_reason.models import Model, Params
 from jaxrl_reason.steps.accumulate import Largest, value_and_grad
 from jaxrl_reason.steps.forward import target_logprobs
-from jaxrl_reason.steps.state import AnyOptimizer, Step, TrainState, apply_gradients, trains_of
+from jaxrl_reason.steps.state import (
+    AnyOptimizer,
+    Metrics,
+    Step,
+    TrainState,
+    apply_gradients,
+    trains_of,
+)
+from jaxrl_reason.steps.trained import Trains, everything
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,10 @@ class PolicyObjective:
     """Log-probs are taken at the sampling temperature."""
     max_completion_length: int
     """The constant divisor of `dr_grpo`, in tokens."""
+
+
+PolicyGradient = Callable[[Params, Int[Array, ""], dict[str, Array]], tuple[Array, Params, Metrics]]
+"""`(params, number of the update, batch) -> (loss, gradient, metrics)`."""
 
 
 def make_policy_step(
@@ -66,6 +78,26 @@ def make_policy_step(
     The number of microbatches changes no result, but for `clip_cov` and `kl_cov`, which choose
     their tokens in each microbatch by itself.
     """
+    gradient_of = make_policy_gradient(
+        model, objective, trains=trains_of(optimizer), logprob_chunk_size=logprob_chunk_size
+    )
+
+    def step(state: TrainState, batch: dict[str, Array]):
+        loss, gradient, metrics = gradient_of(state.params, state.step, batch)
+        state, update = apply_gradients(state, loss, gradient, optimizer)
+        return state, {**metrics, **update}
+
+    return step
+
+
+def make_policy_gradient(
+    model: Model,
+    objective: PolicyObjective,
+    *,
+    trains: Trains = everything,
+    logprob_chunk_size: int | None,
+) -> PolicyGradient:
+    """The gradient of an update by `make_policy_step`, of the parameters that are trained."""
     variant = LOSS_TYPES[objective.loss_type]
 
     def loss_fn(params, batch: dict[str, Array], options: dict[str, Any]):
@@ -107,20 +139,18 @@ def make_policy_step(
         )
         return loss, metrics
 
-    def step(state: TrainState, batch: dict[str, Array]):
+    def gradient_of(params: Params, number: Int[Array, ""], batch: dict[str, Array]):
         options = _options(objective, batch)
-        keys = _microbatch_keys(state.step, batch["tokens"].shape[0])
-        loss, gradient, metrics = value_and_grad(
+        keys = _microbatch_keys(number, batch["tokens"].shape[0])
+        return value_and_grad(
             lambda params, microbatch: loss_fn(params, microbatch, options),
-            state.params,
+            params,
             {**batch, "key": keys},
-            trains=trains_of(optimizer),
+            trains=trains,
             extra_weight=_dropped_weight(objective, batch),
         )
-        state, update = apply_gradients(state, loss, gradient, optimizer)
-        return state, {**metrics, **update}
 
-    return step
+    return gradient_of
 
 
 def _options(objective: PolicyObjective, batch: dict[str, Array]) -> dict[str, Any]:

@@ -59,37 +59,58 @@ class Fact:
         return self.action.split()[0]
 
 
-def write_facts(facts: Iterable[Fact]) -> str:
-    """Records in the given order, one a line, between the tags."""
+def write_facts(facts: Iterable[Fact], fields: Sequence[str] = FIELDS) -> str:
+    """Records in the given order, one a line, between the tags; `fields` may leave some out."""
     lines = []
     for fact in facts:
         values = (fact.span, fact.object, fact.action, fact.scene, fact.cause)
-        pairs = zip(FIELDS, values, strict=True)
-        lines.append(" ".join(f"[{field}] {value}" for field, value in pairs))
+        known = dict(zip(FIELDS, values, strict=True))
+        lines.append(" ".join(f"[{field}] {known[field]}" for field in fields))
     return "\n".join(["<facts>", *lines, "</facts>"])
 
 
-def read_facts(text: str) -> tuple[Fact, ...] | None:
+def read_facts(text: str, fields: Sequence[str] = FIELDS) -> tuple[Fact, ...] | None:
     """The records of a block; None unless the text is one block of whole records.
 
+    Args:
+        text: of the block.
+        fields: that each record has, of `FIELDS` and `time` among them; the others are empty.
+    """
+    records = read_records(text, fields)
+    if records is None:
+        return None
+    facts = []
+    for record in records:
+        time = read_interval(record.pop("time"))
+        assert time is not None
+        facts.append(Fact(time=time, **{**dict.fromkeys(FIELDS[1:], ""), **record}))
+    return tuple(facts)
+
+
+def read_records(text: str, fields: Sequence[str]) -> list[dict[str, str]] | None:
+    """The records of a block by field; None unless the text is one block of whole records.
+
     White space carries no meaning, so it also reads what a word-level tokenizer decodes.
+
+    Args:
+        text: of the block.
+        fields: that each record has, in this order; `time`, an interval, is among them.
     """
     block = _BLOCK.fullmatch(text)
     if block is None or "<" in block[1] or ">" in block[1]:
         return None
     before, *parts = _TAG.split(block[1])
-    if before.strip() or len(parts) % (2 * len(FIELDS)):
+    if before.strip() or len(parts) % (2 * len(fields)):
         return None
-    facts = []
-    for first in range(0, len(parts), 2 * len(FIELDS)):
-        record = parts[first : first + 2 * len(FIELDS)]
+    records = []
+    for first in range(0, len(parts), 2 * len(fields)):
+        record = parts[first : first + 2 * len(fields)]
         values = [" ".join(value.split()) for value in record[1::2]]
-        time = read_interval(values[0])
-        if tuple(record[::2]) != FIELDS or time is None or not all(values):
+        found = dict(zip(record[::2], values, strict=True))
+        if list(found) != list(fields) or not all(values) or read_interval(found["time"]) is None:
             return None
-        rest = dict(zip(FIELDS[1:], values[1:], strict=True))
-        facts.append(Fact(time=time, **rest))
-    return tuple(facts)
+        records.append(found)
+    return records
 
 
 def opening(facts: Iterable[Fact]) -> str:

@@ -167,6 +167,18 @@ def test_max_weight_at_group_scope():
     np.testing.assert_allclose(np.sum(capped, 1), 1, rtol=1e-5)
 
 
+def test_without_a_mask_an_objective_that_does_not_vary_takes_all():
+    rewards, mask = mixed()
+    rewards[:G, 0] = 1.0
+    advantages, weights = run(pfab_advantages, rewards, mask, min_std=None, renormalize="none")
+    np.testing.assert_allclose(advantages[:G], 0, atol=1e-6)
+    np.testing.assert_allclose(weights[0], [1, 0, 0, 0], atol=1e-5)
+    masked, others = pfab(rewards, mask, renormalize="none")
+    assert np.abs(masked[:G]).max() > 0.1
+    assert others[0, 0] == 0
+    np.testing.assert_allclose(advantages[G:], masked[G:], atol=1e-6)
+
+
 def test_frank_wolfe_is_near_the_exact_solution():
     rewards, mask = mixed()
     exact, _ = pfab(rewards, mask, renormalize="none")

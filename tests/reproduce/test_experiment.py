@@ -12,15 +12,15 @@ import yaml
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.reproduce import load_experiment
 from jaxrl_reason.reproduce.budget import needed, path_of, planned, used
-from jaxrl_reason.reproduce.experiment import other_scale
+from jaxrl_reason.reproduce.experiment import at_scale, other_scales
 
 PAPERS = sorted((Path(__file__).parents[2] / "configs" / "papers").glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_papers_load_as_they_are_and_as_smoke_tests(path):
-    # Models and data of the full scale are not there.
-    experiment = load_experiment(path.parent.name, path.stem, offline=path.stem == "full")
+    # Models and data of the other scales are not there.
+    experiment = load_experiment(path.parent.name, path.stem, offline=path.stem != "small")
     assert (experiment.path, experiment.scale) == (path, path.stem)
     assert experiment.argument == path.parent.name
     assert all(sum(planned(experiment.config.run, a.stage).values()) for a in arms_of(experiment))
@@ -54,9 +54,12 @@ def test_a_name_is_searched_from_the_working_directory(raw, metrics_folder, tmp_
     monkeypatch.chdir(tmp_path)
     experiment = load_experiment("shorter", "full")
     assert (experiment.name, experiment.scale) == ("shorter", "full")
-    assert other_scale(experiment, ()) is None
+    assert other_scales(experiment) == []
     (folder / "small.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
-    assert other_scale(experiment, ()).scale == "small"
+    assert other_scales(experiment) == ["small"]
+    assert at_scale(experiment, "small", ()).scale == "small"
+    (folder / "video.yaml").write_text(yaml.safe_dump(raw), encoding="utf-8")
+    assert other_scales(experiment) == ["small", "video"]
     with pytest.raises(InputError, match="'longer' is unknown; "):
         load_experiment("longer")
     (folder / "full.yaml").unlink()
@@ -297,7 +300,7 @@ def test_a_smoke_test_is_small(raw, load):
             {"steps": 10, "difficulties": [2]},
         ],
     }
-    stages["short"]["steps"] = 30
+    stages["short"] |= {"steps": 30, "prompts_per_step": 64}
     stages["keep"] = {
         "kind": "reject",
         "parent": "plain",
@@ -324,6 +327,9 @@ def test_a_smoke_test_is_small(raw, load):
     assert run.stages["cold"].data.num_examples == 32
     assert run.stages["prefer"].data.num_prompts == 16
     assert (run.evaluation.problems, run.evaluation.sets["easy"].problems) == (16, 16)
+    assert run.evaluation.batch_size == 16
     assert (run.stages["cold"].batch_size, run.stages["plain"].prompts_per_step) == (8, 8)
+    assert run.stages["short"].prompts_per_step == 8
+    assert run.model.resolve(64).num_layers == 1
     assert smoke.hash != load(raw).hash
     assert json.loads(json.dumps(smoke.raw_run)) == smoke.raw_run

@@ -73,7 +73,7 @@ def updated(state: TrainState) -> TrainState:
 def test_a_reference_costs_the_parents_adapter_or_nothing(stage, trained_parent):
     made = stage("reason", LORA, trained_parent=trained_parent)
     before = live_bytes()
-    optimizer = stage_optimizer(made, 5)
+    optimizer = stage_optimizer(made)
     state = resume(made, optimizer, data_hash="").state
     of_state = live_bytes() - before
     adapter = 4 * count_parameters(state.params, trainable(made.context.model.config))
@@ -98,7 +98,7 @@ def test_a_reference_costs_the_parents_adapter_or_nothing(stage, trained_parent)
 def test_without_adapter_a_reference_is_a_whole_copy(stage):
     made = stage("reason", None)
     before = live_bytes()
-    state = resume(made, stage_optimizer(made, 5), data_hash="").state
+    state = resume(made, stage_optimizer(made), data_hash="").state
     of_state = live_bytes() - before
     reference = Reference(made)
     assert live_bytes() - before - of_state == num_bytes(state.params)

@@ -16,8 +16,8 @@ from jaxrl_reason.stages.grpo import policy_rows, policy_update
 from jaxrl_reason.stages.pipeline import plan
 from jaxrl_reason.stages.policy_config import GRPOConfig
 from jaxrl_reason.stages.stage_config import DPOConfig
-from jaxrl_reason.stages.training import fresh_state
-from jaxrl_reason.steps import make_optimizer, needs_reference
+from jaxrl_reason.stages.training import fresh_state, stage_optimizer
+from jaxrl_reason.steps import needs_reference
 
 VERL = {"clip_cov_ratio": 0.02, "clip_cov_lb": 0.1, "clip_cov_ub": 5.0}
 # Name -> fields, and the options whose value means nothing while the ratio is 1.
@@ -126,11 +126,11 @@ def test_a_policy_loss_makes_an_update(stage, name):
     fields, _ = POLICY[name]
     rewards = [{"kind": "accuracy"}]
     made = stage("reason", loss_type=name, num_generations=2, rewards=rewards, beta=0.0, **fields)
-    optimizer = make_optimizer(made.config.optimizer, 10)
+    optimizer = stage_optimizer(made)
     lengths = np.random.default_rng(1).integers(2, 13, 32)
     advantages = np.random.default_rng(2).normal(size=32).astype(np.float32)
     batch, _ = policy_rows(made).place(rollout_of(made, lengths), advantages)
-    metrics, moved = updated(made, policy_update(made, optimizer), optimizer, batch)
+    metrics, moved = updated(made, policy_update(made), optimizer, batch)
     assert np.isfinite(metrics["loss"])
     assert metrics["nonfinite_steps"] == 0
     assert metrics["grad_norm"] > 0
@@ -143,7 +143,7 @@ def test_a_policy_loss_makes_an_update(stage, name):
 def test_a_preference_loss_makes_an_update(stage, name):
     terms = {"loss_type": name} | PREFERENCE[name]
     made = stage("prefer", data={"kind": "file", "path": "none"}, **terms)
-    config, optimizer = made.config, make_optimizer(made.config.optimizer, 10)
+    config, optimizer = made.config, stage_optimizer(made)
     rng = np.random.default_rng(0)
     ids = lambda: rng.integers(3, 30, rng.integers(1, 9)).tolist()
     pairs = [((prompt, ids()), (prompt, ids())) for prompt in (ids() for _ in range(8))]
@@ -152,7 +152,7 @@ def test_a_preference_loss_makes_an_update(stage, name):
         lengths = batch["completion_mask"].sum(axis=-1)
         batch["ref_logprobs"] = (lengths * rng.normal(-3.6, 0.1, (8, 2))).astype(np.float32)
     batch = place_batch(microbatches(batch, 1), made.context.mesh, batch_axis=1)
-    metrics, moved = updated(made, preference_update(made, optimizer), optimizer, batch)
+    metrics, moved = updated(made, preference_update(made), optimizer, batch)
     assert np.isfinite(metrics["loss"])
     assert metrics["nonfinite_steps"] == 0
     assert metrics["grad_norm"] > 0

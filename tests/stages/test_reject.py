@@ -16,7 +16,7 @@ from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.dpo import preference_pairs
 from jaxrl_reason.stages.groups import Group, Sampled
 from jaxrl_reason.stages.pipeline import check_inputs, plan
-from jaxrl_reason.stages.reject import _balanced, _choose, _distinct
+from jaxrl_reason.stages.reject import _balanced, _can_be_read, _choose, _distinct
 from jaxrl_reason.stages.reject_config import RejectConfig
 from jaxrl_reason.stages.sft import demonstrations
 from jaxrl_reason.tasks import Verdict
@@ -151,6 +151,17 @@ def test_rows_are_right_and_pairs_right_against_wrong(kept):
     counts = json.loads((stages["keep"].directory / "data.json").read_text())["counts"]
     assert (counts["rows"], counts["pairs"]) == (len(rows), len(pairs))
     assert counts["completions"] == 24 * 8
+    assert counts["left_out"] == 0
+
+
+def test_a_text_that_spells_special_tokens_is_left_out_unless_its_tokens_are_known(kept):
+    _, stages, _ = kept
+    can = lambda kind, **row: _can_be_read(stages["built"], kind, row)
+    assert can("rows", completion="1 <eo s>")
+    assert not can("rows", completion="1 <eos> 2")
+    assert can("rows", completion="1 <eos> 2", completion_ids=[5, 1, 6])
+    assert can("pairs", chosen="1", rejected="2")
+    assert not can("pairs", chosen="1", rejected="2 <eos>")
 
 
 def test_later_stages_read_what_was_kept_token_by_token(kept):
