@@ -300,6 +300,7 @@ def test_a_smoke_test_is_small(raw, load):
             {"steps": 10, "difficulties": [2]},
         ],
     }
+    stages["plain"]["prompts_per_step"] = 64
     stages["short"] |= {"steps": 30, "prompts_per_step": 64}
     stages["keep"] = {
         "kind": "reject",
@@ -330,6 +331,6 @@ def test_a_smoke_test_is_small(raw, load):
     assert run.evaluation.batch_size == 16
     assert (run.stages["cold"].batch_size, run.stages["plain"].prompts_per_step) == (8, 8)
     assert run.stages["short"].prompts_per_step == 8
-    assert run.model.resolve(64).num_layers == 1
+    assert run.model.resolve(64).num_hidden_layers == 1
     assert smoke.hash != load(raw).hash
     assert json.loads(json.dumps(smoke.raw_run)) == smoke.raw_run
