@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxrl_reason.papers.factum_film import make_film_model
+
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted(
     (path.parent.name, path.stem)
@@ -22,10 +24,12 @@ def test_every_paper_has_an_experiment_that_fits_a_laptop():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "scale"), EXPERIMENTS, ids="-".join)
+@pytest.mark.parametrize(("name", "scale"), EXPERIMENTS)
 def test_a_paper_runs(tmp_path, name, scale):
     command = [sys.executable, "-m", "jaxrl_reason.cli", "reproduce", name, "--smoke"]
     command += ["--scale", scale, "--output-dir", str(tmp_path)]
+    if scale == "video":
+        command.append(f"model.path={make_film_model(tmp_path / 'film_model')}")
     done = subprocess.run(
         command,
         cwd=ROOT,

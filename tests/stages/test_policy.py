@@ -26,7 +26,8 @@ def advantages_of(make_context, tiny, tmp_path, monkeypatch):
         (stage,) = plan(make_context(tmp_path, stages={"s": raw}))
         module = {"grpo": grpo, "morl": morl}[kind]
         taken = []
-        monkeypatch.setattr(module, "train_policy", lambda stage, function: taken.append(function))
+        take = lambda stage, function, look=None: taken.append(function)
+        monkeypatch.setattr(module, "train_policy", take)
         getattr(module, f"run_{kind}")(stage)
         return taken[0]
 
