@@ -16,7 +16,7 @@ are packed into rows, which changes no value.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -43,6 +43,18 @@ Look = Callable[[Params, int, Batch, np.ndarray], dict[str, float]]
 """What else is measured of a step: `(params, step, batch, advantages)` to metrics."""
 
 
+class Memory(Protocol):
+    """What advantages depend on besides the rewards of their batch; checkpoints keep it."""
+
+    def load(self, saved: Any) -> None:
+        """Go on from what `state` gave when the checkpoint was written."""
+        ...
+
+    def state(self) -> Any:
+        """All there is to keep, as JSON values."""
+        ...
+
+
 def run_grpo(stage: Stage) -> None:
     """Train on one scalar reward, the weighted sum of the configured ones."""
     config: GRPOConfig = stage.config
@@ -64,13 +76,20 @@ def run_grpo(stage: Stage) -> None:
     train_policy(stage, advantages_of)
 
 
-def train_policy(stage: Stage, advantages_of: AdvantagesOf, look: Look | None = None) -> None:
+def train_policy(
+    stage: Stage,
+    advantages_of: AdvantagesOf,
+    look: Look | None = None,
+    *,
+    memory: Memory | None = None,
+) -> None:
     """The loop above, for any way of turning rewards into advantages.
 
     Args:
         stage: the stage.
         advantages_of: that way.
         look: called before each update.
+        memory: what `advantages_of` remembers from step to step.
     """
     config: PolicyConfig = stage.config
     optimizer = stage_optimizer(stage)
@@ -78,6 +97,8 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf, look: Look | None = 
     update = policy_update(stage)
     rows = policy_rows(stage)
     others = OtherLogprobs(stage, begin.meta.get("mismatch"))
+    if memory is not None and "advantages" in begin.meta:
+        memory.load(begin.meta["advantages"])
     with open_rollouts(stage, begin) as rollouts:
 
         def one_step(state, step):
@@ -117,6 +138,7 @@ def train_policy(stage: Stage, advantages_of: AdvantagesOf, look: Look | None = 
             more_meta=lambda done: {
                 "cursor": {"step": done, **rollouts.state()},
                 "mismatch": others.state(),
+                "advantages": memory.state() if memory else None,
             },
         )
 

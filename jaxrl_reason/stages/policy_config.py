@@ -273,6 +273,9 @@ class MORLConfig(PolicyConfig):
     """How objectives become one advantage; see `jaxrl_reason.objectives.AGGREGATORS`."""
     aggregator_options: Mapping[str, Any] = {}
     """Arguments of the aggregator, for example `scope: batch`."""
+    hypervolume_weighting: bool = False
+    """Multiply the advantages of a step by 0.5 to 2, the more the further the batch's mean rewards
+    push the Pareto front outward."""
     conflict_steps: Positive | None = None
     """Every so many steps, compare the update with MGDA on the objectives' gradients, for which
     each takes a backward pass of its own; null: never."""

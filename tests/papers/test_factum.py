@@ -306,6 +306,7 @@ def test_arms_differ_in_one_thing(experiment):
         allowed |= {"rewards"} if name.endswith("_clones") or name == "tuned" else set()
         allowed |= {"prompts_per_step", "num_generations"} if name.endswith("_4") else set()
         allowed |= {"parent", "rewards"} if name.startswith("no_") else set()
+        allowed |= {"hypervolume_weighting"} if name == "front" else set()
         assert keys <= allowed, name
     assert {stages[name].conflict_steps for name in ("pfab", "gdpo")} == {5}
     assert [reward.name for reward in stages["pfab"].rewards] == list(

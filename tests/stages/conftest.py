@@ -65,6 +65,7 @@ stages:
     num_generations: 8
     max_completion_length: 12
     aggregator_options: {min_std: 0.01}
+    hypervolume_weighting: true
     rewards:
       - {kind: accuracy}
       - {kind: format}

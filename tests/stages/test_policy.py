@@ -1,5 +1,7 @@
 """GRPO and MORL: what becomes of rewards, and what their metrics must show."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -21,12 +23,13 @@ def advantages_of(make_context, tiny, tmp_path, monkeypatch):
     """The function from rewards to advantages that a stage trains on."""
 
     def of(kind, **changes):
-        raw = tiny["stages"]["reason" if kind == "grpo" else "balance"]
-        raw = raw | {"parent": "init", "num_generations": GROUP} | changes
+        raw = dict(tiny["stages"]["reason" if kind == "grpo" else "balance"])
+        raw.pop("hypervolume_weighting", None)
+        raw |= {"parent": "init", "num_generations": GROUP} | changes
         (stage,) = plan(make_context(tmp_path, stages={"s": raw}))
         module = {"grpo": grpo, "morl": morl}[kind]
         taken = []
-        take = lambda stage, function, look=None: taken.append(function)
+        take = lambda stage, function, *rest, **more: taken.append(function)
         monkeypatch.setattr(module, "train_policy", take)
         getattr(module, f"run_{kind}")(stage)
         return taken[0]
@@ -126,6 +129,61 @@ def test_every_aggregator_makes_advantages_of_rewards(advantages_of, name):
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def points(*means: list[float]) -> list[Scored]:
+    """Batches of two groups whose rewards have these means."""
+    spread = np.tile([[-0.125], [0.125]], (GROUP, 1))
+    batches = [np.asarray(mean, np.float32) + spread for mean in means]
+    return [Scored(batch.astype(np.float32), np.ones(batch.shape, bool)) for batch in batches]
+
+
+def test_steps_count_more_while_the_front_moves_outward():
+    factor = morl.FrontFactor()
+    given = points([0.25, 0.25], [0.5, 0.75], [0.5, 0.75], [0.375, 0.5], [0.75, 0.5], [1.25, 0.125])
+    # Above the first point the boxes are 1/4 x 1/2, nothing, nothing, and 1/4 x 1/4 more.
+    added = [0, 0.125, 0, 0, 0.0625, 0]
+    found = [factor.next(batch) for batch in given]
+    assert found == pytest.approx([0.5 + 1.5 * np.tanh(volume) for volume in added])
+    assert factor.state() == [[0.25, 0.25], [0.5, 0.75], [0.75, 0.5]]
+
+
+def test_the_front_goes_on_from_a_checkpoint():
+    given = points([0.25, 0.25], [0.5, 0.75], [0.75, 0.5])
+    whole, first, second = (morl.FrontFactor() for _ in range(3))
+    expected = [whole.next(batch) for batch in given]
+    found = [first.next(batch) for batch in given[:2]]
+    second.load(json.loads(json.dumps(first.state())))
+    assert [*found, second.next(given[2])] == expected
+
+
+def test_a_batch_to_which_a_reward_does_not_apply_is_no_point():
+    factor = morl.FrontFactor()
+    start, high, _ = points([0.25, 0.25], [0.75, 0.75], [0.5, 0.5])
+    mask = high.mask.copy()
+    mask[:, 0] = False
+    assert factor.next(Scored(high.rewards, mask)) == 0.5
+    assert factor.state() == []
+    assert [factor.next(start), factor.next(Scored(high.rewards, mask))] == [0.5, 0.5]
+    # Where it applies to some, its mean is over these.
+    mask[0, 0] = True
+    assert factor.next(Scored(high.rewards, mask)) == pytest.approx(
+        0.5 + 1.5 * np.tanh(0.375 * 0.5)
+    )
+
+
+def test_the_factor_multiplies_what_the_aggregator_makes(advantages_of):
+    options = {"aggregator": "weighted_sum", "aggregator_options": {"scale": "none"}, **two()}
+    plain = advantages_of("morl", **options)
+    weighted = advantages_of("morl", hypervolume_weighting=True, **options)
+    for batch in points([0.25, 0.25], [0.5, 0.75]):
+        advantages, metrics = weighted(batch)
+        factor = metrics.pop("objectives/hypervolume_factor")
+        expected, others = plain(batch)
+        np.testing.assert_allclose(advantages, factor * expected, rtol=1e-6)
+        assert metrics == others
+    assert factor > 0.6
+    assert np.abs(expected).max() > 0.05
 
 
 # What a run must show
