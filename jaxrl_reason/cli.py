@@ -1,4 +1,4 @@
-"""The command line: run, import, export, evaluate, sample, lineage, report, reproduce, bench.
+"""The command line: run, plan, import, export, evaluate, sample, lineage, report, reproduce, bench.
 
 Mistakes in configurations, data or paths end with exit code 2 and one message; what a run has
 finished stays, and the same command goes on where it stopped.
@@ -64,6 +64,15 @@ fields of its run are set with key=value, for example
   jaxrl-reason reproduce ton --seeds 5 --jobs 2
 """
 
+_PLAN = """\
+What a run needs on some chips and how long its steps take at least, before they are paid for: every
+program of every stage is compiled for them here, on a machine that has none of them. Names are
+those of slices, such as v5e:8x8, v6e:4x8, v5p:2x4x4, 2*v5e:16x16 (two slices), or cpu:8. Fields are
+set with key=value, for example
+
+  jaxrl-reason plan configs/published/gsm8k.yaml mesh.fsdp=-1 mesh.data=1 --topology v5e:4x4
+"""
+
 _BENCH = """\
 Time the standard workloads on this machine: W1 and W2, a step of GRPO with completions of equal and
 of uneven length; W3, fine-tuning on packed documents; W4, sampling alone. Weights are random.
@@ -82,6 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(strange or more)}")
     if more:
         arguments.overrides = [*arguments.overrides, *more]
+    for name in ("arms", "stages"):  # lists of names, which take the overrides behind them too
+        listed = getattr(arguments, name, [])
+        taken = [word for word in listed if "=" in word]
+        if taken:
+            setattr(arguments, name, [word for word in listed if word not in taken])
+            arguments.overrides = [*arguments.overrides, *taken]
     try:
         code = arguments.command(arguments)
     except InputError as error:
@@ -116,6 +131,45 @@ def _run(arguments: argparse.Namespace) -> None:
     for plot in plots:
         print(f"plot     {plot}")
     print(f"report   {write_report(folder, plots=plots)}")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from jaxrl_reason.planner.topology import open_topology
+
+    topology = open_topology(arguments.topology)  # before the configuration asks JAX for devices
+    from jaxrl_reason.planner import tables
+    from jaxrl_reason.planner.described import load_described
+    from jaxrl_reason.planner.plan import plan_stages
+    from jaxrl_reason.stages.context import Context
+
+    config = load_described(arguments.config, arguments.overrides)
+    unknown = [name for name in arguments.stages if name not in config.stages]
+    if unknown:
+        raise InputError(f"--stages {unknown[0]}: the run has {', '.join(config.stages)}")
+    wide = None if sys.stdout.isatty() else 120
+    console = Console(soft_wrap=True, stderr=arguments.json == "-", width=wide)
+    context = Context.describe(config, topology.devices)
+    say = lambda line: console.print(line, highlight=False, markup=False)
+    stages = plan_stages(context, topology, names=arguments.stages or None, say=say)
+    if arguments.json is not None:
+        text = json.dumps(tables.as_json(stages, topology), indent=2)
+        if arguments.json == "-":
+            print(text)
+        else:
+            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    chips, chip = len(topology.devices), topology.chip
+    mesh = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items() if size > 1)
+    say(f"\n{config.name} on {chips} x {chip.name} ({topology.name}), mesh {mesh or 'of one'}")
+    for stage in stages:
+        say(tables.headline(stage, topology))
+        console.print(tables.program_table(stage))
+    say("Memory of a chip, at the fullest moment of each stage")
+    console.print(tables.memory_table(stages))
+    for note in tables.notes(stages):
+        say(note)
+    return 0 if all(stage.memory <= chip.memory for stage in stages) else 1
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -298,6 +352,7 @@ def _fields(name: str) -> str:
 
     classes = {
         "run": config.RunConfig,
+        "plan": config.RunConfig,
         "import": config.RunConfig,
         "evaluate": config.EvaluationConfig,
         "sample": sample.SampleConfig,
@@ -327,7 +382,7 @@ class _Help(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         parser.print_help()
         name = parser.prog.split()[-1]
-        if name in ("run", "import", "evaluate", "sample"):
+        if name in ("run", "plan", "import", "evaluate", "sample"):
             print("\n" + _fields(name))
         parser.exit()
 
@@ -354,6 +409,12 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, _RUN, "train the stages of a configuration")
     run.add_argument("config", help="YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    plan = add("plan", _plan, _PLAN, "what a run needs, before any chip is paid for")
+    plan.add_argument("config", help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    plan.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:8x8 or cpu:8")
+    plan.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="only these")
+    plan.add_argument("--json", metavar="FILE", help="write the plan here; - for standard output")
     importer = add("import", _import, _IMPORT, "make a run of a published model")
     importer.add_argument("model", help="directory or hub id in Hugging Face's format")
     importer.add_argument("directory", help="folder to be made, such as runs/qwen3")

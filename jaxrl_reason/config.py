@@ -55,9 +55,14 @@ class Config(pydantic.BaseModel):
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file, apply `key=value` overrides, and validate the result."""
-        raw = apply_overrides(cls, load_yaml(path), overrides)
+        raw = apply_overrides(cls, cls.within(load_yaml(path)), overrides)
         source = f"{path} with {' '.join(overrides)}" if overrides else str(path)
         return validate(cls, raw, source)
+
+    @classmethod
+    def within(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The part of a file that is a configuration of this class: all of it."""
+        return raw
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ one CPU, eight virtual devices and a node of GPUs; one configuration field chang
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_reason.errors import InputError
@@ -82,7 +82,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The mesh of a configuration over the given devices (all, by default).
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices.
+        InputError: the sizes do not multiply to the number of devices, or a slice would hold a part
+            of a replica.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -97,8 +98,35 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             "sizes must be positive and multiply to that number, and one of them may be -1"
         )
     # Explicit axes, the default of jax.make_mesh from jax 0.10, reject ordinary FSDP einsums.
-    grid = np.asarray(devices).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return Mesh(_arranged(devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+    """Devices in an order in which the axes that talk most have the shortest ways.
+
+    On TPUs that is the order of the network's links, with `data` alone across slices. Elsewhere the
+    devices of a process are neighbours, so that `tensor`, the last axis, stays within one.
+    """
+    if devices[0].platform != "tpu":
+        ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+        return np.asarray(ordered).reshape(sizes)
+    slices = len({getattr(device, "slice_index", None) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data = sizes[MESH_AXES.index("data")]
+    if data % slices:
+        raise InputError(
+            f"mesh.data={data} must be a multiple of the {slices} slices, between which only "
+            "replicas of the parameters talk"
+        )
+    within = [
+        size // slices if axis == "data" else size
+        for axis, size in zip(MESH_AXES, sizes, strict=True)
+    ]
+    across = [slices if axis == "data" else 1 for axis in MESH_AXES]
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
 
 
 def tree_shardings(mesh: Mesh, axes, shapes, rules: AxisRules = DEFAULT_RULES):
@@ -168,16 +196,23 @@ def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0):
     return jax.device_put(batch, batch_sharding(mesh, batch_axis=batch_axis))
 
 
-def on_mesh(function: Callable[P, R], mesh: Mesh) -> Callable[P, R]:
+@dataclasses.dataclass(frozen=True)
+class OnMesh(Generic[P, R]):
     """A jitted function that is traced with a mesh set, so that its contents can be cut over it.
 
     Kernels and loops are not partitioned by the compiler; where they know the mesh, they are cut by
     `jax.shard_map`.
     """
 
-    @functools.wraps(function)
-    def on(*args: P.args, **kwargs: P.kwargs) -> R:
-        with jax.set_mesh(mesh):
-            return function(*args, **kwargs)
+    function: Callable[P, R]
+    mesh: Mesh
 
-    return on
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call it; it is compiled for new shapes."""
+        with jax.set_mesh(self.mesh):
+            return self.function(*args, **kwargs)
+
+    def lower(self, *args: P.args, **kwargs: P.kwargs) -> jax.stages.Lowered:
+        """Its program for arguments of these shapes, which need no device."""
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*args, **kwargs)

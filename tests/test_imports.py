@@ -40,7 +40,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": LEAVES | STEPS | {"sampling", "stages", "steps"},
     "papers": LEAVES | LIBRARY | {"sampling", "stages", "steps"},
     "reproduce": {"checkpoint", "config", "metrics", "objectives", "report", "stages", "tasks"},
-    "cli": {"bench", "config", "report", "reproduce", "stages"},
+    "planner": {"config", "models", "stages"},
+    "cli": {"bench", "config", "planner", "report", "reproduce", "stages"},
 }
 
 # Outside library -> the folders and files that may import it.
@@ -58,7 +59,7 @@ DOORS: dict[str, set[str]] = {
     "pydantic": {"config", "reproduce", "stages"},
     "pydantic_core": {"config", "reproduce", "stages"},
     "pytest": {"conformance"},
-    "rich": {"cli", "metrics", "report"},
+    "rich": {"cli", "metrics", "planner", "report"},
     "safetensors": {"models.convert"},
     "scipy": {"reproduce"},
     "tensorboardX": {"metrics"},

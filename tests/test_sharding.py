@@ -1,11 +1,15 @@
 """The mesh, axis rules, and errors that name what does not fit."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxrl_reason import sharding
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, preset
 from jaxrl_reason.sharding import (
@@ -35,6 +39,57 @@ def test_minus_one_takes_the_devices_that_are_left():
 def test_meshes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(InputError, match="does not fit 8 devices"):
         make_mesh(MeshConfig(**sizes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is read of a device to arrange it."""
+
+    id: int
+    process_index: int = 0
+    coords: tuple[int, ...] = ()
+    slice_index: int | None = None
+    platform: str = "tpu"
+    device_kind: str = "TPU v5p"
+    core_on_chip: int = 0
+
+
+def slices(count: int, *sizes: int) -> list[Chip]:
+    """Chips of slices, four of each host, in an order that says nothing about their places."""
+    places = [place[::-1] for place in itertools.product(*(range(n) for n in sizes[::-1]))]
+    chips = [
+        Chip(s * len(places) + i, (s * len(places) + i) // 4, place, s)
+        for s in range(count)
+        for i, place in enumerate(places)
+    ]
+    return [chips[i] for i in np.random.default_rng(0).permutation(len(chips))]
+
+
+def apart(one: Chip, other: Chip) -> int:
+    """Links between two chips."""
+    return sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True))
+
+
+def test_neighbours_along_tensor_are_neighbours_in_the_network():
+    grid = sharding._arranged(slices(1, 4, 4, 4), (1, 16, 1, 4))
+    for group in grid.reshape(16, 4):
+        assert max(apart(*pair) for pair in itertools.pairwise(group)) == 1
+    assert len({chip.id for chip in grid.flat}) == 64
+
+
+def test_slices_hold_whole_replicas():
+    grid = sharding._arranged(slices(2, 2, 2, 4), (4, 4, 1, 2))
+    for replica in grid:
+        assert len({chip.slice_index for chip in replica.flat}) == 1
+    with pytest.raises(InputError, match=r"mesh\.data=1 must be a multiple of the 2 slices"):
+        sharding._arranged(slices(2, 2, 2, 4), (1, 16, 1, 2))
+
+
+def test_tensor_stays_within_a_process_where_there_is_no_network_to_see():
+    mixed = [Chip(i, process_index=i % 2, platform="gpu") for i in range(8)]
+    grid = sharding._arranged(mixed, (1, 2, 1, 4))
+    for group in grid.reshape(2, 4):
+        assert len({chip.process_index for chip in group}) == 1
 
 
 def test_every_logical_axis_of_the_model_has_a_rule_and_is_used_once():

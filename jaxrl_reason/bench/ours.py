@@ -29,10 +29,10 @@ from jaxrl_reason.models import Model, ModelConfig, Params
 from jaxrl_reason.sampling import Completion, Engine, Request, Rollout, SamplingConfig
 from jaxrl_reason.sharding import (
     MeshConfig,
+    OnMesh,
     batch_multiple,
     batch_sharding,
     make_mesh,
-    on_mesh,
     place_batch,
     replicated,
     tree_shardings,
@@ -104,7 +104,7 @@ class _Setup:
             out_shardings=(states, whole),
             donate_argnums=0,
         )
-        return on_mesh(jitted, self.mesh)
+        return OnMesh(jitted, self.mesh)
 
     def counts(self, more: dict[str, float]) -> dict[str, float]:
         """What is counted of every repeat, with the programs compiled and the device's memory."""

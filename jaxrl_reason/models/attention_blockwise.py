@@ -139,7 +139,8 @@ def _forward_row(
 
     zeros = jnp.zeros(q.shape, wide)
     start = (zeros, jnp.full_like(zeros[..., 0], FLOOR), zeros[..., 0])
-    mixed, top, total = jax.lax.fori_loop(0, plan.count, visit, start)
+    with jax.named_scope(f"at_most_{len(plan.pairs)}"):
+        mixed, top, total = jax.lax.fori_loop(0, plan.count, visit, start)
     total = jnp.maximum(total, jnp.finfo(wide).tiny)
     mixed = _by_slot(mixed / total[..., None], queries)
     return mixed, top + jnp.log(total)
@@ -174,7 +175,8 @@ def _backward_row(queries, keys, values, plan: Plan, mixed, log_sums, gradient):
         )
 
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
-    dq, dk, dv = jax.lax.fori_loop(0, plan.count, visit, start)
+    with jax.named_scope(f"at_most_{len(plan.pairs)}"):
+        dq, dk, dv = jax.lax.fori_loop(0, plan.count, visit, start)
     scale = jnp.asarray(q.shape[-1] ** -0.5, wide)
     return _by_slot(dq * scale, queries), _by_slot(dk * scale, keys), _by_slot(dv, values)
 

@@ -346,7 +346,8 @@ def _loop(way: Way, layout: Layout, visit, start):
     if layout.expert.shape[0] == way.chunk:
         return visit(jnp.int32(0), start)
     trips = (layout.count + way.chunk - 1) // way.chunk
-    return jax.lax.fori_loop(0, trips, lambda i, state: visit(i * way.chunk, state), start)
+    with jax.named_scope(f"at_most_{-(-layout.expert.shape[0] // way.chunk)}"):
+        return jax.lax.fori_loop(0, trips, lambda i, state: visit(i * way.chunk, state), start)
 
 
 def _cut(rows: Float[Array, "R D"], layout: Layout) -> Float[Array, "C B D"]:

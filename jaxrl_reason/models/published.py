@@ -5,6 +5,7 @@ a size differ in rms_norm_eps or the longest sequence, these are the instruction
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from jaxrl_reason.models.config import ModelConfig, RopeScaling
@@ -21,6 +22,21 @@ def published(name: str, **changes: Any) -> ModelConfig:
     if name not in _MODELS:
         raise ValueError(f"published model {name!r} is unknown; one of {', '.join(PUBLISHED)}")
     return dataclasses.replace(_MODELS[name], **changes)
+
+
+def shape_of(repository: str) -> ModelConfig | None:
+    """The model that a repository of the hub holds, if it is one of `PUBLISHED`.
+
+    Args:
+        repository: for example `Qwen/Qwen3-4B-Instruct-2507`; the words behind the size say how it
+            was trained.
+    """
+    owner, _, name = repository.partition("/")
+    if owner not in _OWNERS:
+        return None
+    name = re.sub(r"^(meta-)?llama-", "llama", re.sub(r"^gemma-", "gemma", name.lower()))
+    name = re.sub(r"(-(base|instruct|thinking|chat|math|coder|it|pt|\d{4}))+$", "", name)
+    return _MODELS.get(name.replace("-math-", "-"))
 
 
 def _shape(letters: str) -> dict[str, Any]:
@@ -191,3 +207,4 @@ _MODELS: dict[str, ModelConfig] = {
     ),
 }
 PUBLISHED = tuple(_MODELS)
+_OWNERS = ("Qwen", "google", "meta-llama")

@@ -131,7 +131,9 @@ def decode(
         stops = jnp.isin(tokens, jnp.asarray(options.stop_ids, jnp.int32))
         return drawn, tokens, pages, live & ~stops & (t + 1 < rows.remaining)
 
-    drawn, _, pages, _ = jax.lax.while_loop(unfinished, one, (start, rows.tokens, pages, rows.live))
+    begin = (start, rows.tokens, pages, rows.live)
+    with jax.named_scope(f"at_most_{options.most_steps}"):
+        drawn, _, pages, _ = jax.lax.while_loop(unfinished, one, begin)
     return drawn, pages
 
 

@@ -147,17 +147,31 @@ class Device:
         A decode step reads every parameter for a single token of each row. Cut over `fsdp` it would
         gather all of them at every step.
         """
-        if self.mesh.shape["fsdp"] == 1:
+        if not self.gathers:
             return params
+        return self.gather_program(params)(params)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether decoding reads other copies of the parameters than training."""
+        return self.mesh.shape["fsdp"] > 1
+
+    def gather_program(self, params: Params):
+        """What makes those copies, of parameters with these shapes and shardings."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.placed_like(params))
+        gather = named("gather", lambda p: p)
+        lower = lambda: jax.jit(gather, out_shardings=shardings).lower(params)
+        return self.programs.get(("gather",), lower)
+
+    def placed_like(self, params: Params) -> Params:
+        """Shapes of the parameters with where they lie for decoding."""
 
         def gathered(x):
             spec = [None if axis == "fsdp" else axis for axis in x.sharding.spec]
-            return NamedSharding(self.mesh, PartitionSpec(*spec))
+            place = NamedSharding(self.mesh, PartitionSpec(*spec))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
-        shardings = jax.tree.map(gathered, params)
-        gather = named("gather", lambda p: p)
-        lower = lambda: jax.jit(gather, out_shardings=shardings).lower(params)
-        return self.programs.get(("gather",), lower)(params)
+        return jax.tree.map(gathered, params)
 
     def run_decode(
         self, params: Params, level: Level, pages: Pages, dispatch: Dispatch

@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import ClassVar
 
+import jax
+
 _logger = logging.getLogger(__name__)
 
 
@@ -83,7 +85,7 @@ def make_levels(
 class Programs:
     """Compiled programs by key, shared by all engines of a process; the oldest are dropped."""
 
-    _compiled: ClassVar[OrderedDict[Hashable, Callable]] = OrderedDict()
+    _compiled: ClassVar[OrderedDict[Hashable, jax.stages.Compiled]] = OrderedDict()
     _capacity = 512
 
     def __init__(self, prefix: Hashable):
@@ -95,7 +97,7 @@ class Programs:
         self.warm = False
         """Whether no more are expected: each one is then reported."""
 
-    def get(self, key: Hashable, lower: Callable) -> Callable:
+    def get(self, key: Hashable, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
         """The program of a key; `lower` makes it when there is none yet.
 
         Args:

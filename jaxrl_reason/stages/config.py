@@ -160,6 +160,11 @@ class RunConfig(Config):
     stages: Mapping[str, StageConfig] = {}
     """Stages by name, in order; without any, the model is evaluated as it is."""
 
+    @classmethod
+    def within(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        """The run of an experiment; a file without `arms` is a run itself."""
+        return raw["run"] if {"run", "arms"} <= raw.keys() else raw
+
     def make_tasks(self) -> TaskSet:
         """The tasks of the run."""
         others = {name: choice.make() for name, choice in self.tasks.items()}

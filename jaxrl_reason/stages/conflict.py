@@ -15,7 +15,7 @@ import numpy as np
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.objectives import gram_matrix, min_norm_weights
-from jaxrl_reason.sharding import on_mesh
+from jaxrl_reason.sharding import OnMesh
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import policy_objective, policy_rows
 from jaxrl_reason.stages.policy_config import MORLConfig
@@ -46,7 +46,7 @@ class Conflict:
             gradient_of = make_policy_gradient(context.model, trains=trains, **options)
             number = jnp.zeros((), jnp.int32)
             jitted = jax.jit(lambda params, batch: gradient_of(params, number, batch)[1])
-            return on_mesh(jitted, context.mesh)
+            return OnMesh(jitted, context.mesh)
 
         self._gradient_of = context.shared.get(make, "policy_gradient", options)
         self._gram_of = jax.jit(lambda *trees: gram_matrix(jax.tree.map(_stacked, *trees)))

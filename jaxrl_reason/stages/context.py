@@ -17,6 +17,7 @@ from jaxrl_reason import __version__, checkpoint
 from jaxrl_reason.config import hash_json, to_json
 from jaxrl_reason.data import chat
 from jaxrl_reason.data.batching import Example, epoch_order
+from jaxrl_reason.data.examples import RowEncoder
 from jaxrl_reason.data.tokenizer import (
     PreTrainedTokenizerFast,
     build_tokenizer,
@@ -35,7 +36,7 @@ from jaxrl_reason.stages.policy_rows import Sight
 from jaxrl_reason.stages.shared_steps import SharedSteps
 from jaxrl_reason.stages.task_set import Place, TaskSet
 from jaxrl_reason.steps import partition
-from jaxrl_reason.tasks import Problem, Task, VisualTask
+from jaxrl_reason.tasks import Problem, Task, VisualTask, make_task
 
 _PATCH_MULTIPLE = 16  # so that data of another day seldom means another program
 _VOCABULARY_MULTIPLE = 8  # so that the embedding can be cut over the devices of one machine
@@ -59,8 +60,12 @@ class Context:
     """Jitted functions of its stages."""
 
     @classmethod
-    def create(cls, config: RunConfig) -> "Context":
+    def create(cls, config: RunConfig, devices: Sequence[jax.Device] | None = None) -> "Context":
         """Build the task, tokenizer, model and mesh of a configuration.
+
+        Args:
+            config: of the run.
+            devices: of the mesh; all that are here by default.
 
         Raises:
             InputError: the model is too short for prompt and completion or reads no images, the
@@ -94,9 +99,40 @@ class Context:
             tasks=tasks,
             tokenizer=tokenizer,
             model=model,
-            mesh=make_mesh(config.mesh),
+            mesh=make_mesh(config.mesh, devices),
             encoder=Encoder.create(config, tasks, tokenizer, model.config),
             stop_ids=chat.stop_ids(tokenizer, generation),
+        )
+
+    @classmethod
+    def describe(cls, config: RunConfig, devices: Sequence[jax.Device]) -> "Context":
+        """What the programs of a run follow from, without its tokenizer and its data.
+
+        Args:
+            config: of the run. A published model is described by its configuration alone.
+            devices: of the mesh, which need not be here.
+
+        Raises:
+            InputError: the mesh does not fit.
+        """
+        choice = config.model
+        if choice.path is None:
+            return cls.create(config, devices)
+        model = choice.resolve(vocab_size=_VOCABULARY_MULTIPLE)
+        if "dtype" not in choice.changes and devices[0].platform != "cpu":
+            model = dataclasses.replace(model, dtype="bfloat16")
+        tasks = TaskSet(main=make_task("arithmetic", {}))
+        tokenizer = build_tokenizer(tasks.words(), level="word")
+        rows = RowEncoder(tokenizer=tokenizer, plain=True)
+        return cls(
+            config=config,
+            directory=Path(config.output_dir) / config.name,
+            tasks=tasks,
+            tokenizer=tokenizer,
+            model=Model(model),
+            mesh=make_mesh(config.mesh, devices),
+            encoder=Encoder(tasks=tasks, rows=rows, system_prompt=None),
+            stop_ids=(0,),
         )
 
     @property
@@ -131,9 +167,8 @@ class Context:
         return -(-max(most, 1) // unit) * unit
 
     @functools.cached_property
-    def _eyes(self) -> Eyes | None:
-        if not self.visual_tokens:
-            return None
+    def eyes(self) -> Eyes:
+        """What encodes images and videos, of a model that sees."""
         return Eyes(self.model, self.mesh, self.visual_tokens)
 
     def look(
@@ -144,8 +179,8 @@ class Context:
         Raises:
             InputError: a prompt shows something and `max_visual_tokens` leaves no room for it.
         """
-        if self._eyes is not None:
-            return self._eyes.look(params, prompts)
+        if self.visual_tokens:
+            return self.eyes.look(params, prompts)
         if any(prompt.shown is not None and prompt.shown.patches.size for prompt in prompts):
             raise InputError(f"a prompt shows images or videos; {_ROOM}")
         return None, None

@@ -15,7 +15,7 @@ from jaxrl_reason.config import hash_json
 from jaxrl_reason.data.batching import fill_rows, microbatches, step_indices
 from jaxrl_reason.data.records import load_records, write_jsonl
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.sharding import batch_multiple, on_mesh, place_batch
+from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import FileData, SampledPairs
 from jaxrl_reason.stages.encoding import file_records
@@ -172,24 +172,32 @@ def row_length(stage: Stage, pairs: list[Pair]) -> int:
     return min(-(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE, stage.config.max_length)
 
 
+def pair_program(stage: Stage) -> OnMesh:
+    """What computes the sequence log-probs of pairs: `(params, batch)` to [pairs, 2]."""
+    context, chunk = stage.context, stage.config.logprob_chunk_size
+
+    def sums(params, batch):
+        return pair_logprobs(context.model, params, batch, logprob_chunk_size=chunk)[0]
+
+    return OnMesh(jax.jit(sums), context.mesh)
+
+
+def reference_rows(stage: Stage) -> int:
+    """Pairs whose log-probs are computed at once."""
+    config: DPOConfig = stage.config
+    microbatch = config.batch_size // config.gradient_accumulation_steps
+    return max(microbatch, batch_multiple(stage.context.mesh))
+
+
 def reference_logprobs(
     stage: Stage, pairs: list[Pair], length: int, num_patches: int | None = None
 ) -> np.ndarray:
     """Sequence log-probs [pairs, 2] of every pair under the parent."""
-    config: DPOConfig = stage.config
     context = stage.context
     params = stage.parent_params()
 
-    def sums(params, batch):
-        return pair_logprobs(
-            context.model, params, batch, logprob_chunk_size=config.logprob_chunk_size
-        )[0]
-
-    compute = on_mesh(jax.jit(sums), context.mesh)
-
-    size = max(
-        config.batch_size // config.gradient_accumulation_steps, batch_multiple(context.mesh)
-    )
+    compute = pair_program(stage)
+    size = reference_rows(stage)
     results = []
     for start in range(0, len(pairs), size):
         part = pairs[start : start + size]

@@ -18,7 +18,7 @@ from jaxrl_reason.data.vision import VisionRow
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.sampling import Shown
-from jaxrl_reason.sharding import batch_multiple, on_mesh, place_batch
+from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch
 from jaxrl_reason.stages.encoding import Prompt
 from jaxrl_reason.stages.policy_rows import Sight
 
@@ -48,7 +48,8 @@ class Eyes:
 
     def __init__(self, model: Model, mesh: Mesh, visual_tokens: int):
         self._model, self._mesh, self._most = model, mesh, visual_tokens
-        self._jitted = on_mesh(jax.jit(model.visual_features), mesh)
+        self.program = OnMesh(jax.jit(model.visual_features), mesh)
+        """`(params, arrays of patches)` to features."""
         vision = jax.eval_shape(model.init, jax.random.key(0))["vision"]
         trains = trainable(model.config)
         paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(vision))
@@ -101,7 +102,7 @@ class Eyes:
         shape = (batch_multiple(self._mesh), length)
         arrays = visual_rows([[row] for row in rows], shape, self._most * self.patches_per_token)
         arrays = {name: x for name, x in arrays.items() if name.startswith("patch")}
-        made = jax.device_get(self._jitted(params, place_batch(arrays, self._mesh)))
+        made = jax.device_get(self.program(params, place_batch(arrays, self._mesh)))
         deep = made.get("deep_features")
         sizes = [len(row.patches) // self.patches_per_token for row in rows]
         return [

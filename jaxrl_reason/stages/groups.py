@@ -10,7 +10,8 @@ from jaxrl_reason.sampling import SamplingConfig, sample
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.tasks import Problem, Verdict
 
-_ROWS = 512  # completions sampled at once
+GROUP_ROWS = 512
+"""Completions sampled at once."""
 
 
 class Sampled(NamedTuple):
@@ -57,7 +58,7 @@ def sample_groups(
     engine = context.engine(
         sampling,
         max_completion_length,
-        max_rows=min(_ROWS, len(problems) * num_generations),
+        max_rows=min(GROUP_ROWS, len(problems) * num_generations),
         group_size=num_generations,
     )
     prompts = context.prompts(problems)

@@ -9,8 +9,10 @@ import jax
 import pydantic
 
 from jaxrl_reason.config import Config, validate
+from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import PRESETS, ModelConfig, preset
 from jaxrl_reason.models.lora import LoRAConfig, trainable
+from jaxrl_reason.models.published import shape_of
 from jaxrl_reason.stages.stage_config import Names
 
 
@@ -85,4 +87,11 @@ def _published(path: str, revision: str | None) -> ModelConfig:
     from jaxrl_reason.models.convert import read_model_config
 
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return dataclasses.replace(read_model_config(path, revision=revision), dtype=dtype)
+    try:
+        config = read_model_config(path, revision=revision)
+    except InputError:
+        # A plan needs no files: the hub may be out of reach. A run then ends at the tokenizer.
+        config = shape_of(path)
+        if config is None:
+            raise
+    return dataclasses.replace(config, dtype=dtype)

@@ -14,13 +14,29 @@ import jax.numpy as jnp
 
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable, without_adapter
-from jaxrl_reason.sharding import on_mesh
+from jaxrl_reason.sharding import OnMesh
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.policy_mismatch import Mismatch, make_correction
 from jaxrl_reason.steps import combine, make_batch_logprobs, partition
 
 _LARGEST = "sampling/sampling_logp_difference/max"
+
+
+def batch_logprobs(stage: Stage) -> OnMesh:
+    """What computes the log-probs of a batch under some parameters: `(params, batch)`."""
+    config: PolicyConfig = stage.config
+    context = stage.context
+    of_model = _of_model(config)
+    make = lambda: OnMesh(jax.jit(make_batch_logprobs(context.model, **of_model)), context.mesh)
+    return context.shared.get(make, "batch_logprobs", of_model)
+
+
+def _of_model(config: PolicyConfig) -> dict[str, Any]:
+    return {
+        "temperature": config.sampling.temperature,
+        "logprob_chunk_size": config.logprob_chunk_size,
+    }
 
 
 class Reference:
@@ -62,18 +78,12 @@ class OtherLogprobs:
     def __init__(self, stage: Stage, saved: Mapping[str, Any] | None):
         config: PolicyConfig = stage.config
         model = stage.context.model
-        of_model = {
-            "temperature": config.sampling.temperature,
-            "logprob_chunk_size": config.logprob_chunk_size,
-        }
-        self._reference = None
-        if config.beta > 0:
-            self._reference = Reference(stage)
-            mesh = stage.context.mesh
-            make = lambda: on_mesh(jax.jit(make_batch_logprobs(model, **of_model)), mesh)
-            self._logprobs = stage.context.shared.get(make, "batch_logprobs", of_model)
+        self._reference = Reference(stage) if config.beta > 0 else None
+        self._logprobs = batch_logprobs(stage)
         self._mismatch = Mismatch(config.mismatch, model.config.dtype, saved)
-        self._correction = make_correction(model, stage.context.mesh, config.mismatch, **of_model)
+        self._correction = make_correction(
+            model, stage.context.mesh, config.mismatch, **_of_model(config)
+        )
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""

@@ -18,7 +18,7 @@ from jaxrl_reason.data.groups import (
     pack_groups,
     show_groups,
 )
-from jaxrl_reason.data.vision import VisionRow
+from jaxrl_reason.data.vision import VisionRow, without_patches
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.losses import LOSS_TYPES
 from jaxrl_reason.sharding import batch_multiple, place_batch
@@ -138,7 +138,18 @@ class PolicyRows:
         counts: Bool[np.ndarray, " B"] | None = None,
         sights: Sequence[Sight] | None = None,
     ) -> tuple[dict[str, jax.Array], dict[str, float]]:
-        """A batch as `make_policy_step` reads it, on the mesh.
+        """`arrays` on the mesh."""
+        cut, info = self.arrays(rollout, advantages, counts, sights)
+        return place_batch(cut, self.mesh, batch_axis=1), info
+
+    def arrays(
+        self,
+        rollout: Completions,
+        advantages: Float[np.ndarray, " B"],
+        counts: Bool[np.ndarray, " B"] | None = None,
+        sights: Sequence[Sight] | None = None,
+    ) -> tuple[Batch, dict[str, float]]:
+        """A batch as `make_policy_step` reads it, [k, rows, ...].
 
         Every batch has one shape, whatever its lengths; microbatches that stay empty are the last
         ones and cost nothing.
@@ -180,8 +191,7 @@ class PolicyRows:
             "dropped_groups": (groups(dropped) & ~groups(kept)).sum(),
         }
         cut = {name: x.reshape(*self.shape, *x.shape[1:]) for name, x in batch.items()}
-        placed = place_batch(cut, self.mesh, batch_axis=1)
-        return placed, {name: float(value) for name, value in info.items()}
+        return cut, {name: float(value) for name, value in info.items()}
 
     def _fill(self, rollout, counted, kept, sights) -> tuple[GroupRows, int]:
         """The rows, and how many microbatches they fill."""
@@ -222,11 +232,12 @@ class PolicyRows:
     def _show(self, packed, sights: Sequence[Sight], lengths, num_rows: int) -> Batch:
         """Positions, and the images and videos of each row: patches, or features of them."""
         shape = (num_rows, self.length)
-        of_prompts = [sight.row for sight in sights]
+        trained = any(sight.features is None for sight in sights)
+        # Features stand in for patches, which would take far more room.
+        of_prompts = [sight.row if trained else without_patches(sight.row) for sight in sights]
         by_number = {i: int(n) for i, n in enumerate(lengths)}
         shown = show_groups(packed, of_prompts, by_number, self.length)
-        trained = any(sight.features is None for sight in sights)
-        patches = self.visual_tokens * self.patches_per_token
+        patches = self.visual_tokens * self.patches_per_token if trained else 0
         arrays = visual_rows([[row] for row in shown], shape, patches, like=of_prompts[0])
         if trained:
             return arrays

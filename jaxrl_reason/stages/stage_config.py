@@ -60,7 +60,7 @@ class Training(FromParent):
     save_total_limit: Positive = 2
     """Checkpoints kept; older ones are deleted."""
     logprob_chunk_size: Positive | None = None
-    """Tokens whose logits may exist at once; null: as many as have 512 MiB of logits."""
+    """Tokens whose logits may exist at once on a device; null: as many as have 512 MiB of them."""
 
     @property
     def updates(self) -> int:

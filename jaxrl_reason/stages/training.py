@@ -12,7 +12,7 @@ from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import MetricLog, Progress
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable
-from jaxrl_reason.sharding import batch_sharding, on_mesh, replicated
+from jaxrl_reason.sharding import OnMesh, batch_sharding, replicated
 from jaxrl_reason.stages.breakdown import table
 from jaxrl_reason.stages.compiles import CompileWatch
 from jaxrl_reason.stages.context import Stage
@@ -84,7 +84,7 @@ def compile_step(stage: Stage, make_step: Callable[..., Step], **options: Any) -
             out_shardings=(states, replicated(context.mesh)),
             donate_argnums=0,
         )
-        return on_mesh(jitted, context.mesh)
+        return OnMesh(jitted, context.mesh)
 
     of = (make_step.__qualname__, options, stage.config.optimizer, stage.config.updates)
     return context.shared.get(make, *of)
@@ -98,6 +98,13 @@ def fresh_state(stage: Stage, optimizer: Optimizer, params: Params) -> TrainStat
     return create(params)
 
 
+def state_like(stage: Stage, optimizer: Optimizer) -> TrainState:
+    """Shapes of the state with where they lie."""
+    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), stage.context.params_shapes)
+    of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(of, shapes, _shardings(stage, optimizer))
+
+
 def resume(stage: Stage, optimizer: Optimizer, *, data_hash: str) -> Start:
     """The last valid checkpoint of a stage, or its parent's parameters.
 
@@ -109,13 +116,7 @@ def resume(stage: Stage, optimizer: Optimizer, *, data_hash: str) -> Start:
     Raises:
         InputError: the data has changed since the checkpoint was written.
     """
-    context = stage.context
-    shapes = jax.eval_shape(lambda p: init_state(p, optimizer), context.params_shapes)
-    like = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        shapes,
-        _shardings(stage, optimizer),
-    )
+    like = state_like(stage, optimizer)
     rest = {"opt_state": like.opt_state, "step": like.step}
     restored = latest_valid(stage.checkpoints, params=like.params, state=rest)
     if restored is None:

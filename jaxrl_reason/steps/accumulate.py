@@ -90,7 +90,8 @@ def value_and_grad(
     else:
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, at(0)))
         add = lambda i, sums: jax.tree.map(operator.add, sums, one(at(i)), is_leaf=is_sum)
-        loss, metrics, gradient = jax.lax.fori_loop(0, used_microbatches(mask), add, zeros)
+        with jax.named_scope(f"at_most_{mask.shape[0]}"):  # read by the planner
+            loss, metrics, gradient = jax.lax.fori_loop(0, used_microbatches(mask), add, zeros)
     extra = jnp.asarray(extra_weight, loss.weight.dtype)
     loss = WeightedMean(loss.total, loss.weight + extra)
     # An empty batch has weight 0 and total 0: its gradient is 0, not NaN.

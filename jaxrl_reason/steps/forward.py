@@ -1,5 +1,6 @@
 """Log-probabilities of a model on rows of tokens: where `models` meets `logprobs`."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_reason.logprobs import chunked_target_logprobs, chunked_token_logprobs
 from jaxrl_reason.models import Model, Params
+from jaxrl_reason.models.mesh import row_axes
 from jaxrl_reason.steps.accumulate import used_microbatches
 
 _WHOLE_LOGITS = 2**27
@@ -138,14 +140,18 @@ def make_batch_logprobs(
 
         mask = batch["completion_mask"]
         zeros = jnp.zeros(mask.shape, batch["old_logprobs"].dtype)
-        return jax.lax.fori_loop(0, used_microbatches(mask), one, zeros)
+        with jax.named_scope(f"at_most_{mask.shape[0]}"):
+            return jax.lax.fori_loop(0, used_microbatches(mask), one, zeros)
 
     return batch_logprobs
 
 
 def _chunk_size(given: int | None, tokens: Int[Array, "B T"], head: Float[Array, "D V"]) -> int:
+    """Tokens of all devices together, from those of one, which has a part of the rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[axis] for axis in row_axes(mesh, tokens.shape[0]))
     if given is not None:
-        return given
-    if tokens.size * head.shape[1] <= _WHOLE_LOGITS:
+        return parts * given
+    if tokens.size * head.shape[1] <= parts * _WHOLE_LOGITS:
         return max(1, tokens.size)
-    return max(1, _BLOCK_LOGITS // head.shape[1])
+    return parts * max(1, _BLOCK_LOGITS // head.shape[1])

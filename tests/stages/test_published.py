@@ -20,7 +20,7 @@ from jaxrl_reason.models import Model
 from jaxrl_reason.models.convert import load_params
 from jaxrl_reason.models.lora import without_adapter
 from jaxrl_reason.sampling import Rollout, SamplingConfig, sample
-from jaxrl_reason.sharding import on_mesh
+from jaxrl_reason.sharding import OnMesh
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.load import load
@@ -329,7 +329,7 @@ def rows_of(context, rollout: Rollout, **changes):
 def test_sampling_and_training_agree_about_what_they_see(sampled):
     """With features that were kept, and with patches that are encoded again."""
     context, params, sights, rollout = sampled
-    logprobs = on_mesh(
+    logprobs = OnMesh(
         jax.jit(make_batch_logprobs(context.model, temperature=1.0, logprob_chunk_size=None)),
         context.mesh,
     )
@@ -397,9 +397,9 @@ def test_a_prompt_is_encoded_once_for_its_group_and_a_frozen_encoder_remembers(d
         params = context.init_params()
         prompts = context.prompts([context.task.generate("train", i) for i in range(2)])
         shown, sights = context.look(params, prompts)
-        assert context._eyes.encoded == 2
+        assert context.eyes.encoded == 2
         context.look(params, prompts)
-        assert context._eyes.encoded == again
+        assert context.eyes.encoded == again
         assert (sights[0].features is not None) == bool(freeze)
         assert all(isinstance(sight.row, VisionRow) for sight in sights)
         assert shown[0].features.shape == (prompts[0].shown.visual_index.max() + 1, 32)

@@ -26,6 +26,7 @@ from jaxrl_reason.steps import (
     pair_logprobs,
     state_shardings,
 )
+from jaxrl_reason.steps.forward import _chunk_size
 
 CONFIG = ModelConfig(
     vocab_size=32,
@@ -255,3 +256,20 @@ def test_weight_decay_spares_norms(params):
 def test_optimizer_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         OptimizerConfig(**{"learning_rate": 1e-3, **options})
+
+
+def test_chunks_are_those_of_a_device():
+    tokens, head = np.zeros((8, 16), np.int32), jax.ShapeDtypeStruct((4, 2**20), jnp.float32)
+    wide = jax.ShapeDtypeStruct((4, 2**21), jnp.float32)
+    devices = np.asarray(jax.devices()).reshape(2, 4)
+    mesh = jax.sharding.Mesh(
+        devices, ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    assert _chunk_size(3, tokens, head) == 3
+    assert _chunk_size(None, tokens, head) == 128
+    assert _chunk_size(None, tokens, wide) == 16
+    with jax.set_mesh(mesh):
+        assert _chunk_size(3, tokens, head) == 24
+        assert _chunk_size(None, tokens, wide) == 128
+        # Rows that do not divide over all axes are cut over those that they divide over.
+        assert _chunk_size(3, tokens[:2], head) == 6

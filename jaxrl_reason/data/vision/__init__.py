@@ -9,7 +9,13 @@ from jaxrl_reason.data.vision.images import load_image
 from jaxrl_reason.data.vision.patches import Visual, process_image, process_video
 from jaxrl_reason.data.vision.positions import RopeIndex, mrope_positions
 from jaxrl_reason.data.vision.resize import resize, smart_resize, smart_resize_clip
-from jaxrl_reason.data.vision.rows import VisionRow, join_rows, pack_vision, vision_row
+from jaxrl_reason.data.vision.rows import (
+    VisionRow,
+    join_rows,
+    pack_vision,
+    vision_row,
+    without_patches,
+)
 from jaxrl_reason.data.vision.tokens import Expanded, expand_text, expand_tokens
 from jaxrl_reason.data.vision.videos import Video, load_video, sample_frames
 
@@ -35,5 +41,6 @@ __all__ = [
     "smart_resize",
     "smart_resize_clip",
     "vision_row",
+    "without_patches",
     "write_vision_processor",
 ]

@@ -106,6 +106,15 @@ def join_rows(
     return VisionRow(patches, *_joined(parts), index, positions, following)
 
 
+def without_patches(row: VisionRow) -> VisionRow:
+    """A row whose features are known, so that nobody reads its patches; tokens keep their places.
+
+    Joined with others, it would shift the features of those behind it: it has to stand alone.
+    """
+    names = [name for name in row._fields if name.startswith("patch")]
+    return row._replace(**{name: getattr(row, name)[:0] for name in names})
+
+
 def pack_vision(
     rows: Sequence[VisionRow], num_patches: int, *, row_length: int | None = None
 ) -> dict[str, np.ndarray]:

@@ -1,0 +1,198 @@
+"""A run on a topology: every program of its stages compiled, and what that says of it.
+
+Memory is what the compiler allots. Times are bounds of `roofline`, of programs at their largest
+sizes: a step takes less if completions are shorter than they may be.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxrl_reason.models import ModelConfig
+from jaxrl_reason.planner.hlo import Cost, program_cost
+from jaxrl_reason.planner.roofline import Times, times
+from jaxrl_reason.planner.topology import Topology
+from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.pipeline import plan as stages_of
+from jaxrl_reason.stages.programs import Program, stage_programs
+
+_TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")
+_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of a chip's memory while a program runs."""
+
+    arrays: Mapping[str, float]
+    """What is kept from program to program, by what it is: `parameters`, `optimizer`, `cache`..."""
+    temporary: float
+    """What the program makes for itself: activations, gradients, results, its code."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(self.arrays.values()) + self.temporary
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramPlan:
+    """What one program needs and takes."""
+
+    name: str
+    work: str
+    per_step: float
+    tokens: int
+    memory: Memory
+    compile_seconds: float
+    cost: Cost | None = None
+    """None if the compiler could not fit the program."""
+    times: Times | None = None
+    mfu: float | None = None
+    """Share of the chips' peak that the model's products would use, by the bound on time."""
+
+    @property
+    def seconds(self) -> float:
+        """Of one execution, at least; not a number if it does not fit."""
+        return float("nan") if self.times is None else self.times.total
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """What a stage needs and takes."""
+
+    name: str
+    kind: str
+    programs: Sequence[ProgramPlan]
+    tokens: int
+    """Tokens that a step updates on."""
+
+    @property
+    def memory(self) -> float:
+        """Bytes of a chip at the fullest moment."""
+        return max(program.memory.total for program in self.programs)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, at least."""
+        return sum(program.per_step * program.seconds for program in self.programs)
+
+
+def plan_stages(
+    context: Context,
+    topology: Topology,
+    *,
+    names: Sequence[str] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[StagePlan]:
+    """Compile the programs of a run's stages.
+
+    Args:
+        context: of the run, on the devices of the topology.
+        topology: what to compile for.
+        names: of the stages; all by default.
+        say: receives a line about each program as it is compiled.
+    """
+    chosen = [stage for stage in stages_of(context) if names is None or stage.name in names]
+    plans = []
+    for stage in chosen:
+        programs = []
+        for program in stage_programs(stage):
+            made = _plan_program(program, context.model.config, topology)
+            say(f"{stage.name}: {program.name} compiled in {made.compile_seconds:.0f} s")
+            programs.append(made)
+        tokens = sum(round(p.per_step * p.tokens) for p in programs if p.work == "update")
+        plans.append(
+            StagePlan(name=stage.name, kind=stage.config.kind, programs=programs, tokens=tokens)
+        )
+    return plans
+
+
+def _plan_program(program: Program, config: ModelConfig, topology: Topology) -> ProgramPlan:
+    began, chip = time.monotonic(), topology.chip
+    arrays: Counter[str] = Counter()
+    for name, tree in (*program.arguments.items(), *program.beside.items()):
+        arrays[name] += bytes_per_device(tree)
+    of = {"name": program.name, "work": program.work}
+    of |= {"per_step": program.per_step, "tokens": program.tokens}
+    given = sum(bytes_per_device(tree) for tree in program.arguments.values())
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = _wanted(str(error), given)
+        if wanted is None:
+            raise
+        memory = Memory(arrays=arrays, temporary=wanted)
+        return ProgramPlan(**of, memory=memory, compile_seconds=time.monotonic() - began)
+    took = time.monotonic() - began
+    stats = compiled.memory_analysis()
+    needed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
+    needed += stats.generated_code_size_in_bytes
+    cost = program_cost(compiled.as_text())
+    bound = times(cost, chip, topology.devices)
+    peak = bound.total * chip.flops * len(topology.devices)
+    return ProgramPlan(
+        **of,
+        memory=Memory(arrays=arrays, temporary=max(needed - given, 0.0)),
+        cost=cost,
+        times=bound,
+        mfu=model_flops(config, program) / peak if peak else None,
+        compile_seconds=took,
+    )
+
+
+def model_flops(config: ModelConfig, program: Program) -> float:
+    """Of the products that an execution is for, on all chips: none that is done a second time.
+
+    As in PaLM (arXiv 2204.02311, appendix B): 2 a parameter and token forward, 6 with the gradient,
+    and attention over half of the sequence, as it is causal.
+    """
+    if program.work == "encode":
+        assert config.vision is not None
+        return 2.0 * program.tokens * config.vision.num_parameters
+    passes = {"update": 3, "forward": 1, "prefill": 1, "decode": 1, "sync": 0}[program.work]
+    width = config.num_attention_heads * config.head_dim
+    parameters = active_parameters(config)
+    if program.work == "prefill":  # writes keys and values, and predicts nothing
+        parameters -= config.vocab_size * config.hidden_size
+    attention = 2 * config.num_hidden_layers * width * program.length
+    return passes * program.tokens * (2 * parameters + attention)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that a token is multiplied with: of its own experts, without the embedding."""
+    count = config.num_parameters
+    if not config.tie_word_embeddings:
+        count -= config.vocab_size * config.hidden_size
+    if config.num_experts:
+        unused = config.num_experts - config.num_experts_per_tok
+        expert = 3 * config.hidden_size * config.moe_intermediate_size
+        count -= config.num_hidden_layers * unused * expert
+    if config.vision is not None:
+        count -= config.vision.num_parameters
+    return count
+
+
+def bytes_per_device(tree: Any) -> float:
+    """Bytes of arrays, given as shapes with shardings, on each device."""
+    return sum(
+        x.dtype.itemsize * float(math.prod(x.sharding.shard_shape(x.shape)))
+        for x in jax.tree.leaves(tree)
+    )
+
+
+def _wanted(message: str, given: float) -> float | None:
+    """Bytes of temporary arrays that a program would need, from the compiler's refusal."""
+    if found := _TEMPORARIES.search(message):
+        return float(found[1]) * _UNITS[found[2]]
+    if found := _USED.search(message):
+        return max(float(found[1]) * _UNITS[found[2]] - given, 0.0)
+    return None

@@ -1,0 +1,172 @@
+"""A plan for people to read, and as JSON."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from jaxrl_reason.planner.plan import ProgramPlan, StagePlan
+from jaxrl_reason.planner.topology import Topology
+
+
+def headline(stage: StagePlan, topology: Topology) -> str:
+    """Whether a stage fits, and how long a step takes at least."""
+    chips, limit = len(topology.devices), topology.chip.memory
+    spare = limit - stage.memory
+    fits = f"fits, {_size(spare)} to spare" if spare >= 0 else f"DOES NOT FIT by {_size(-spare)}"
+    text = f"{stage.name} ({stage.kind}): {_size(stage.memory)} of {_size(limit)} a chip, {fits}"
+    if not math.isfinite(stage.seconds):
+        return text
+    rate = stage.tokens / stage.seconds / chips
+    return f"{text}; a step takes {_seconds(stage.seconds)} or more, {rate:,.0f} tokens/s a chip"
+
+
+def memory_table(stages: Sequence[StagePlan]) -> Table:
+    """What fills a chip's memory at the fullest moment of each stage."""
+    fullest = [max(stage.programs, key=lambda p: p.memory.total) for stage in stages]
+    names = list(dict.fromkeys(name for p in fullest for name in p.memory.arrays))
+    table = _table("stage", "fullest in", left=2)
+    for name in (*names, "activations", "total"):
+        table.add_column(name, justify="right")
+    for stage, program in zip(stages, fullest, strict=True):
+        arrays = program.memory.arrays
+        held = [_size(arrays[name]) if name in arrays else "-" for name in names]
+        last = (_size(program.memory.temporary), _size(program.memory.total))
+        table.add_row(stage.name, Text(program.name), *held, *last)
+    return table
+
+
+def program_table(stage: StagePlan) -> Table:
+    """The programs of a stage, per chip and execution."""
+    table = _table("program", left=1)
+    for header in (
+        "a step",
+        "memory",
+        "FLOP",
+        "moved",
+        "sent",
+        "least",
+        "limit",
+        "MFU",
+    ):
+        table.add_column(header, justify="right", no_wrap=True)
+    for program in stage.programs:
+        table.add_row(*program_cells(program))
+    return table
+
+
+def program_cells(program: ProgramPlan) -> list[str]:
+    """The cells of a program in that table."""
+    often = f"{program.per_step:.3g}"
+    head = [program.name, often, _size(program.memory.total)]
+    if program.cost is None or program.times is None:
+        return [*head, *["-"] * 6]
+    mfu = "-" if not program.mfu else f"{program.mfu:.0%}"
+    return [
+        *head,
+        _size(program.cost.flops, ""),
+        _size(program.cost.memory_bytes),
+        _size(program.cost.collective_bytes),
+        _seconds(program.times.total),
+        program.times.limit,
+        mfu,
+    ]
+
+
+def notes(stages: Sequence[StagePlan]) -> list[str]:
+    """What the numbers leave out."""
+    costs = [p.cost for stage in stages for p in stage.programs if p.cost is not None]
+    found = []
+    if any(cost.endless for cost in costs):
+        found.append("Loops whose end is not in the program were counted once.")
+    kernels = sorted({name for cost in costs for name in cost.kernels if name in _KERNELS})
+    if kernels:
+        found.append(
+            "Products inside of kernels (attention, experts) are not counted, only the bytes that "
+            "they read and write."
+        )
+    return found
+
+
+_KERNELS = ("tpu_custom_call", "__cublas$gemm", "__cudnn$fmhaSoftmax")
+
+
+def as_json(stages: Sequence[StagePlan], topology: Topology) -> dict[str, Any]:
+    """The plan as JSON values, per chip, in bytes, seconds and FLOP."""
+    chip = topology.chip
+    return {
+        "topology": topology.name,
+        "chips": len(topology.devices),
+        "chip": {
+            "name": chip.name,
+            "flops": chip.flops,
+            "memory": chip.memory,
+            "memory_bandwidth": chip.memory_bandwidth,
+            "link_bandwidth": chip.link_bandwidth,
+            "source": chip.source,
+        },
+        "stages": [_stage(stage, topology) for stage in stages],
+    }
+
+
+def _stage(stage: StagePlan, topology: Topology) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "kind": stage.kind,
+        "fits": stage.memory <= topology.chip.memory,
+        "memory": stage.memory,
+        "seconds": stage.seconds if math.isfinite(stage.seconds) else None,
+        "tokens": stage.tokens,
+        "programs": [_program(program) for program in stage.programs],
+    }
+
+
+def _program(program: ProgramPlan) -> dict[str, Any]:
+    made = {
+        "program": program.name,
+        "work": program.work,
+        "per_step": program.per_step,
+        "tokens": program.tokens,
+        "memory": {**program.memory.arrays, "temporary": program.memory.temporary},
+        "compile_seconds": program.compile_seconds,
+    }
+    if program.cost is None or program.times is None:
+        return made
+    return made | {
+        "flops": program.cost.flops,
+        "memory_bytes": program.cost.memory_bytes,
+        "collective_bytes": program.cost.collective_bytes,
+        "seconds": {
+            "products": program.times.products,
+            "memory": program.times.memory,
+            "links": program.times.links,
+        },
+        "limit": program.times.limit,
+        "mfu": program.mfu,
+    }
+
+
+def _table(*headers: str, left: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for index, header in enumerate(headers):
+        table.add_column(header, justify="left" if index < left else "right", no_wrap=True)
+    return table
+
+
+def _size(count: float, unit: str = "B") -> str:
+    """Three digits and a decimal prefix."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if abs(count) < 999.5 or prefix == "P":
+            break
+        count /= 1000
+    digits = f"{count:.3g}" if abs(count) < 999.5 else f"{count:,.0f}"
+    return f"{digits} {prefix}{unit}"
+
+
+def _seconds(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f} s"
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"

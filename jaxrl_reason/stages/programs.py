@@ -1,0 +1,338 @@
+"""The programs that a stage runs on its devices, made from shapes alone.
+
+They are those of a run, compiled for the same arrays in the same places; nothing is allocated. So
+they can be looked at on a machine that has none of the devices (`jaxrl_reason.planner`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxrl_reason.data.batching import Batch, fill_rows, visual_rows
+from jaxrl_reason.data.vision import VisionRow
+from jaxrl_reason.sampling import Engine, Rollout, SamplingConfig
+from jaxrl_reason.sampling.decode import Dispatch
+from jaxrl_reason.sharding import batch_multiple, batch_sharding
+from jaxrl_reason.stages.context import Context, Stage
+from jaxrl_reason.stages.data_config import SampledPairs
+from jaxrl_reason.stages.dpo import pair_program, preference_update, reference_rows
+from jaxrl_reason.stages.groups import GROUP_ROWS
+from jaxrl_reason.stages.grpo import policy_rows, policy_update
+from jaxrl_reason.stages.other_logprobs import batch_logprobs
+from jaxrl_reason.stages.policy_config import PolicyConfig
+from jaxrl_reason.stages.policy_rows import PolicyRows, Sight
+from jaxrl_reason.stages.reject_config import RejectConfig
+from jaxrl_reason.stages.stage_config import DPOConfig, SFTConfig
+from jaxrl_reason.stages.training import compile_step, stage_optimizer, state_like
+from jaxrl_reason.steps import Step, make_sft_step, needs_reference
+
+Shapes = dict[str, jax.ShapeDtypeStruct]
+Work = Literal["update", "forward", "prefill", "decode", "sync", "encode"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One program of a stage, at its largest sizes."""
+
+    name: str
+    work: Work
+    compile: Callable[[], jax.stages.Compiled]
+    per_step: float
+    """Executions in a step of the stage, if sequences are as long as they may be."""
+    tokens: int
+    """Positions that an execution works on, on all devices, padding among them."""
+    length: int
+    """Of a sequence, in tokens; when decoding, the longest that is read."""
+    arguments: Mapping[str, Any]
+    """Shapes of what it is given, with where they lie, by what they are."""
+    beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The same of what else is on the devices meanwhile."""
+
+
+def stage_programs(stage: Stage) -> list[Program]:
+    """The programs of a stage, in the order of a step."""
+    kinds: Mapping[type, Callable[[Stage], Iterator[Program]]] = {
+        SFTConfig: _sft,
+        DPOConfig: _dpo,
+        PolicyConfig: _policy,
+        RejectConfig: _reject,
+    }
+    make = next(make for kind, make in kinds.items() if isinstance(stage.config, kind))
+    return list(make(stage))
+
+
+def _sft(stage: Stage) -> Iterator[Program]:
+    config: SFTConfig = stage.config
+    count = config.gradient_accumulation_steps
+    shape = (count, config.batch_size // count)
+    cut = _like(_row(stage, config.max_length), shape)
+    update = compile_step(stage, make_sft_step, logprob_chunk_size=config.logprob_chunk_size)
+    yield _update(stage, update, cut, config.max_length)
+
+
+def _dpo(stage: Stage) -> Iterator[Program]:
+    config: DPOConfig = stage.config
+    if isinstance(config.data, SampledPairs):
+        longest = config.max_length - stage.context.config.max_prompt_length
+        of = (config.data.num_prompts, config.data.num_generations)
+        yield from _groups(stage, *of, config.data.sampling, longest, steps=config.steps)
+
+    row = _row(stage, config.max_length)
+    if needs_reference(config.loss_type):
+        rows, params = reference_rows(stage), stage.context.params_like
+        placed = _placed(stage, _like(row, (rows, 2)))
+        yield Program(
+            name="reference log-probs",
+            work="forward",
+            compile=lambda: pair_program(stage).lower(params, placed).compile(),
+            # Of every pair once, before the first step: as if no pair were visited twice.
+            per_step=config.batch_size / rows,
+            tokens=2 * rows * config.max_length,
+            length=config.max_length,
+            arguments={"parameters": params, "batch": placed},
+        )
+    count = config.gradient_accumulation_steps
+    shape = (count, config.batch_size // count, 2)
+    cut = _like(row, shape)
+    if needs_reference(config.loss_type):
+        cut["ref_logprobs"] = jax.ShapeDtypeStruct(shape, np.float32)
+    yield _update(stage, preference_update(stage), cut, config.max_length)
+
+
+def _policy(stage: Stage) -> Iterator[Program]:
+    config: PolicyConfig = stage.config
+    context, count = stage.context, config.prompts_per_step * config.num_generations
+    params = context.params_like
+    optimizer = state_like(stage, stage_optimizer(stage)).opt_state
+    reference = {"reference": params} if config.beta > 0 else {}
+    yield from _sampling(
+        stage,
+        context.engine(
+            config.sampling,
+            config.max_completion_length,
+            max_rows=min(config.max_num_seqs or count, count),
+            group_size=config.num_generations,
+        ),
+        prompts=config.prompts_per_step,
+        completions=count,
+        beside={"optimizer": optimizer, **reference},
+    )
+    rows = policy_rows(stage)
+    batch = _policy_batch(stage, rows)
+    if config.beta > 0:
+        placed = _placed(stage, batch, batch_axis=1)
+        yield Program(
+            name="reference log-probs",
+            work="forward",
+            compile=lambda: batch_logprobs(stage).lower(params, placed).compile(),
+            per_step=1,
+            tokens=math.prod(batch["tokens"].shape),
+            length=rows.length,
+            arguments={"reference": params, "batch": placed},
+            beside={"parameters": params, "optimizer": optimizer},
+        )
+        batch = batch | {"ref_logprobs": batch["old_logprobs"]}
+    program = _update(stage, policy_update(stage), batch, rows.length)
+    yield dataclasses.replace(program, per_step=config.num_iterations, beside=reference)
+
+
+def _reject(stage: Stage) -> Iterator[Program]:
+    config: RejectConfig = stage.config
+    of = (config.num_prompts, config.num_generations, config.sampling)
+    yield from _groups(stage, *of, config.max_completion_length, steps=1)
+
+
+def _row(stage: Stage, length: int) -> Batch:
+    """An empty row [1, T]; that of a model that sees has room for what one prompt shows."""
+    context = stage.context
+    batch = fill_rows([[]], length, pad_id=context.pad_id)
+    if not context.visual_tokens:
+        return batch
+    patches = context.visual_tokens * context.patches_per_token
+    return batch | visual_rows([], (1, length), patches, like=_blank(context, length))
+
+
+def _like(row: Batch, rows: tuple[int, ...]) -> Shapes:
+    """Shapes of a batch of such rows."""
+    return {name: jax.ShapeDtypeStruct((*rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
+
+
+def _policy_batch(stage: Stage, rows: PolicyRows) -> Shapes:
+    """Shapes of a step's batch, from the rows of a single group."""
+    config: PolicyConfig = stage.config
+    context, group = stage.context, config.num_generations
+    one = dataclasses.replace(
+        rows, completions=group, row_length=rows.length, microbatch_tokens=rows.length
+    )
+    sights = [_sight(context)] if context.visual_tokens else None
+    rollout = _longest(group, context.config.max_prompt_length, config.max_completion_length)
+    batch, _ = one.arrays(rollout, np.ones(group, np.float32), sights=sights)
+    of = lambda x: jax.ShapeDtypeStruct((*rows.shape, *x.shape[2:]), x.dtype)
+    return {name: of(x) for name, x in batch.items()}
+
+
+def _blank(context: Context, length: int, patches: int = 0) -> VisionRow:
+    """A document of so many tokens with patches that show nothing."""
+    vision = context.model.config.vision
+    assert vision is not None
+    pairs, ones = np.zeros((patches, 2), np.int32), np.zeros(patches, np.int32)
+    return VisionRow(
+        patches=np.zeros((patches, vision.patch_dim), np.float32),
+        patch_coords=pairs,
+        patch_grids=pairs,
+        patch_segments=ones,
+        patch_windows=ones,
+        visual_index=np.full(length, -1, np.int32),
+        positions=np.zeros((length, 3), np.int32),
+        next_position=length,
+    )
+
+
+def _sight(context: Context) -> Sight:
+    """What the longest prompt shows: features where nothing trains what makes them."""
+    model = context.model.config
+    length, tokens = context.config.max_prompt_length, context.visual_tokens
+    row = _blank(context, length, tokens * context.patches_per_token)
+    if not context.eyes.frozen:
+        return Sight(row)
+    features = np.zeros((tokens, model.hidden_size), np.float32)
+    levels = len(model.vision.deepstack_visual_indexes)
+    deep = np.zeros((levels, *features.shape), np.float32) if levels else None
+    return Sight(row, features, deep)
+
+
+def _update(stage: Stage, update: Step, cut: Shapes, length: int) -> Program:
+    state = state_like(stage, stage_optimizer(stage))
+    placed = _placed(stage, cut, batch_axis=1)
+    return Program(
+        name="update",
+        work="update",
+        compile=lambda: update.lower(state, placed).compile(),
+        per_step=1,
+        tokens=math.prod(cut["tokens"].shape),
+        length=length,
+        arguments={"parameters": state.params, "optimizer": state.opt_state, "batch": placed},
+    )
+
+
+def _placed(stage: Stage, batch: Batch | Shapes, *, batch_axis: int = 0) -> Shapes:
+    """Shapes of a batch, cut over the devices."""
+    place = batch_sharding(stage.context.mesh, batch_axis=batch_axis)
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return {name: of(x) for name, x in batch.items()}
+
+
+def _longest(group: int, prompt: int, completion: int) -> Rollout:
+    """A group in which the prompt and all completions are as long as they may be."""
+    shape = (group, completion)
+    return Rollout(
+        prompts=[[0] * prompt],
+        num_generations=group,
+        tokens=np.zeros(shape, np.int32),
+        completion_mask=np.ones(shape, bool),
+        sampled=np.ones(shape, bool),
+        sampling_logprobs=np.zeros(shape, np.float32),
+        kept_logmass=np.zeros(shape, np.float32),
+        versions=np.zeros(shape, np.int32),
+        finished=np.ones(group, bool),
+    )
+
+
+# Sampling
+
+
+def _encoding(stage: Stage, prompts: int, beside: Mapping[str, Any]) -> Program:
+    """What makes features of prompts, as many at once as there are rows of devices."""
+    context = stage.context
+    count, patches = batch_multiple(context.mesh), context.visual_tokens * context.patches_per_token
+    length = context.config.max_prompt_length
+    row = visual_rows([], (1, length), patches, like=_blank(context, length))
+    row = {name: x for name, x in row.items() if name.startswith("patch")}
+    placed = _placed(stage, _like(row, (count,)))
+    params = context.params_like
+    return Program(
+        name=f"encode images, {count} x {patches}",
+        work="encode",
+        compile=lambda: context.eyes.program.lower(params, placed).compile(),
+        per_step=math.ceil(prompts / count),
+        tokens=count * patches,
+        length=patches,
+        arguments={"parameters": params, "batch": placed},
+        beside={name: x for name, x in beside.items() if name != "parameters"},
+    )
+
+
+def _groups(
+    stage: Stage,
+    prompts: int,
+    group: int,
+    sampling: SamplingConfig,
+    longest: int,
+    *,
+    steps: int,
+) -> Iterator[Program]:
+    """What is sampled once for a stage, as a part of each of its steps."""
+    engine = stage.context.engine(
+        sampling, longest, max_rows=min(GROUP_ROWS, prompts * group), group_size=group
+    )
+    for program in _sampling(
+        stage, engine, prompts=prompts, completions=prompts * group, beside={}
+    ):
+        yield dataclasses.replace(program, per_step=program.per_step / steps)
+
+
+def _sampling(
+    stage: Stage, engine: Engine, *, prompts: int, completions: int, beside: Mapping[str, Any]
+) -> Iterator[Program]:
+    trained = stage.context.params_like
+    params, level = trained, engine.levels[0]
+    own_pages = max(level.own_pages)
+    pages = engine.pages_like(level, own_pages)
+    if engine.gathers:
+        params = engine.placed_like(trained)
+        yield Program(
+            name="weight sync",
+            work="sync",
+            compile=lambda: engine.gather_program(trained),
+            per_step=1,
+            tokens=0,
+            length=0,
+            arguments={"parameters": trained},
+            beside=beside,
+        )
+        beside = {**beside, "parameters": trained}
+    if stage.context.visual_tokens:
+        yield _encoding(stage, prompts, beside)
+    read = "parameters to sample" if engine.gathers else "parameters"
+    rows = max(n for n in engine.prefill_sizes[0] if n <= max(prompts, 1))
+    length = min(engine.prefill_sizes[1])
+    group = engine.row_shape(length, level.context_pages).empty(rows)
+    context = pages._replace(own_keys=(), own_values=())
+    yield Program(
+        name=f"prefill, {rows} x {length}",
+        work="prefill",
+        compile=lambda: engine.prefill_program(params, context, group),
+        per_step=math.ceil(prompts / rows),
+        tokens=rows * length,
+        length=length,
+        arguments={read: params, "cache": context},
+        beside={**beside, "cache": (pages.own_keys, pages.own_values)},
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    idle = (None, key, np.int32(0), np.int32(0))
+    dispatch = Dispatch(*engine.batch(level, own_pages).arrays(), *idle)
+    dispatches = math.ceil(engine.max_completion_length / engine.most_steps)
+    yield Program(
+        name=f"decode, {level.rows} rows",
+        work="decode",
+        compile=lambda: engine.decode_program(params, level, pages, dispatch),
+        per_step=math.ceil(completions / level.rows) * dispatches,
+        tokens=level.rows * engine.most_steps,
+        length=engine.most_tokens,
+        arguments={read: params, "cache": pages},
+        beside=beside,
+    )

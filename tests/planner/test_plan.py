@@ -1,0 +1,300 @@
+"""Plans of runs: programs of the sizes that runs have, and what a terminal shows of them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from jaxrl_reason.config import validate
+from jaxrl_reason.data.batching import fill_rows, microbatches
+from jaxrl_reason.errors import InputError
+from jaxrl_reason.models import preset
+from jaxrl_reason.planner import topology
+from jaxrl_reason.planner.chips import CHIPS
+from jaxrl_reason.planner.plan import active_parameters, bytes_per_device, plan_stages
+from jaxrl_reason.sampling import Rollout
+from jaxrl_reason.stages.config import RunConfig
+from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.grpo import policy_rows
+from jaxrl_reason.stages.pipeline import plan as stages_of
+from jaxrl_reason.stages.programs import stage_programs
+from jaxrl_reason.stages.training import fresh_state, stage_optimizer
+
+TINY = (Path(__file__).parents[1] / "tiny_run.yaml").read_text(encoding="utf-8")
+TINY = TINY.replace("num_key_value_heads: 1", "num_key_value_heads: 2")  # to be cut over tensor
+STAGES = """
+name: planned
+mesh: {data: 2, fsdp: 2, tensor: 2}
+stages:
+  cold:
+    kind: sft
+    steps: 4
+    batch_size: 8
+    gradient_accumulation_steps: 2
+    max_length: 32
+    data: {kind: traces, num_examples: 16}
+    optimizer: {learning_rate: 1.0e-3}
+  prefer:
+    kind: dpo
+    parent: cold
+    steps: 4
+    batch_size: 8
+    max_length: 32
+    data: {kind: sampled, num_prompts: 16, num_generations: 4}
+    optimizer: {learning_rate: 1.0e-3}
+  reason:
+    kind: grpo
+    parent: prefer
+    steps: 4
+    prompts_per_step: 8
+    num_generations: 4
+    max_completion_length: 12
+    num_iterations: 2
+    beta: 0.1
+    rewards: [{kind: accuracy}]
+    optimizer: {learning_rate: 1.0e-3}
+  keep:
+    kind: reject
+    parent: reason
+    num_prompts: 8
+    num_generations: 4
+    max_completion_length: 12
+"""
+CHIP = CHIPS["v5e"]
+
+
+def config_of(text: str = TINY + STAGES) -> RunConfig:
+    return validate(RunConfig, yaml.safe_load(text), "test")
+
+
+@pytest.fixture(scope="module")
+def context() -> Context:
+    return Context.describe(config_of(), jax.devices())
+
+
+@pytest.fixture(scope="module")
+def plans(context):
+    """The plan of each stage for the devices of this process, as if they were TPUs."""
+    here = topology.Topology("here", CHIP, jax.devices())
+    return {stage.name: stage for stage in plan_stages(context, here)}
+
+
+def test_every_program_of_a_step_is_there(plans):
+    sampling = ["weight sync", "prefill, 8 x 64", "decode, 32 rows"]
+    found = {name: [program.name for program in plan.programs] for name, plan in plans.items()}
+    assert found["cold"] == ["update"]
+    assert found["reason"] == [*sampling, "reference log-probs", "update"]
+    assert found["keep"] == sampling
+    assert found["prefer"][0] == "weight sync"
+    assert found["prefer"][-2:] == ["reference log-probs", "update"]
+    often = {program.name: program.per_step for program in plans["reason"].programs}
+    assert often == dict(zip(found["reason"], [1, 1, 2, 1, 2], strict=True))
+
+
+def shapes(batch) -> dict:
+    return {name: (x.shape, x.dtype) for name, x in batch.items()}
+
+
+def programs_of(context: Context, name: str):
+    stage = next(stage for stage in stages_of(context) if stage.name == name)
+    return stage, {program.name: program for program in stage_programs(stage)}
+
+
+def test_arrays_of_fine_tuning_are_those_of_a_run(context):
+    stage, programs = programs_of(context, "cold")
+    rows = [[([1, 2], [3, 4])] for _ in range(8)]
+    made = microbatches(fill_rows(rows, 32, pad_id=context.pad_id), 2)
+    arguments = programs["update"].arguments
+    assert shapes(arguments["batch"]) == shapes(made)
+    state = fresh_state(stage, stage_optimizer(stage), context.init_params())
+    like = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    planned = jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding),
+        state._replace(params=arguments["parameters"], opt_state=arguments["optimizer"]),
+    )
+    assert jax.tree.all(jax.tree.map(lambda a, b: a == b, planned, like))
+
+
+def test_arrays_of_reinforcement_learning_are_those_of_a_run(context):
+    stage, programs = programs_of(context, "reason")
+    rng, count = np.random.default_rng(0), 32
+    lengths = rng.integers(1, 13, count)
+    mask = np.arange(12)[None] < lengths[:, None]
+    rollout = Rollout(
+        prompts=[[1] * int(n) for n in rng.integers(2, 20, 8)],
+        num_generations=4,
+        tokens=np.ones((count, 12), np.int32),
+        completion_mask=mask,
+        sampled=mask,
+        sampling_logprobs=np.zeros((count, 12), np.float32),
+        kept_logmass=np.zeros((count, 12), np.float32),
+        versions=np.zeros((count, 12), np.int32),
+        finished=np.ones(count, bool),
+    )
+    placed, _ = policy_rows(stage).place(rollout, rng.normal(size=count).astype(np.float32))
+    planned = programs["reference log-probs"].arguments["batch"]
+    assert shapes(planned) == shapes(placed)
+    assert {name: x.sharding for name, x in planned.items()} == {
+        name: x.sharding for name, x in placed.items()
+    }
+    more = shapes(programs["update"].arguments["batch"])
+    assert more.pop("ref_logprobs") == (placed["old_logprobs"].shape, np.float32)
+    assert more == shapes(placed)
+
+
+def test_memory_is_that_of_the_arrays(context, plans):
+    params = context.init_params()
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
+    (update,) = plans["cold"].programs
+    assert update.memory.arrays["parameters"] == held
+    assert bytes_per_device(context.params_like) == held
+    assert update.memory.total > 3 * held
+    decode = next(p for p in plans["reason"].programs if p.work == "decode")
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    # Gathered over fsdp to sample, and still cut over tensor.
+    assert whole / 2 <= decode.memory.arrays["parameters to sample"] < whole
+    assert decode.memory.arrays["reference"] == held
+
+
+def test_products_are_those_of_the_model(plans):
+    for name in ("cold", "prefer", "reason"):
+        for program in plans[name].programs:
+            if program.work in ("update", "forward"):
+                assert program.cost is not None
+                assert program.mfu is not None
+                products = program.times.products
+                # No more than what the model is for, what the backward pass does again, and
+                # attention over the whole of a row; a toy has little besides.
+                useful = program.mfu * program.times.total / products
+                assert 0.2 < useful <= 1.05, (name, program.name)
+                assert program.cost.endless == ()
+
+
+def test_experts_that_a_token_does_not_visit_do_not_count():
+    dense = preset("3m", vocab_size=64)
+    sparse = preset(
+        "3m",
+        vocab_size=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=dense.intermediate_size // 2,
+    )
+    router = sparse.num_hidden_layers * sparse.hidden_size * 8
+    assert active_parameters(sparse) == active_parameters(dense) + router
+
+
+def test_the_embedding_is_no_product():
+    tied, free = (preset("3m", vocab_size=64, tie_word_embeddings=t) for t in (True, False))
+    assert active_parameters(tied) == active_parameters(free)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:4x4", "kinds are v4, v5e, v5p, v6e and cpu"),
+        ("v5e", "for example v5e:8x8"),
+        ("v5e:2x2x2", "has 2 dimensions"),
+        ("cpu:0", "has no device"),
+    ],
+)
+def test_topologies_that_are_none_are_refused(name, message, monkeypatch):
+    monkeypatch.setattr(topology, "_find_compiler", lambda: None)
+    with pytest.raises(InputError, match=message):
+        topology.open_topology(name)
+
+
+def test_without_the_compiler_for_tpus_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'jaxrl-reason\[plan\]'"):
+        topology.open_topology("v5e:2x2")
+
+
+def plan_command(folder: Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+    path = folder / "planned.yaml"
+    path.write_text(TINY + STAGES, encoding="utf-8")
+    # A process of its own: the devices of this one are made already.
+    code = "import sys; from jaxrl_reason.cli import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, "plan", str(path), *arguments],
+        env=os.environ | {"NPROC": "16"} | settings,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+@pytest.mark.slow
+def test_the_command_plans_for_cpus(tmp_path):
+    out = tmp_path / "plan.json"
+    wanted = [
+        "--topology",
+        "cpu:4",
+        "--stages",
+        "cold",
+        "reason",
+        "mesh.data=1",
+        "--json",
+        str(out),
+    ]
+    done = plan_command(tmp_path, *wanted)
+    assert done.returncode == 0, done.stderr
+    assert "planned on 4 x a part of this machine (cpu:4), mesh fsdp 2 x tensor 2" in done.stdout
+    assert "to spare; a step takes" in done.stdout
+    made = json.loads(out.read_text())
+    assert [stage["stage"] for stage in made["stages"]] == ["cold", "reason"]
+    assert all(stage["fits"] for stage in made["stages"])
+    update = made["stages"][1]["programs"][-1]
+    assert update["collective_bytes"] > 0
+    assert set(update["memory"]) == {"parameters", "optimizer", "batch", "reference", "temporary"}
+
+
+def test_an_unknown_stage_is_refused(tmp_path):
+    done = plan_command(tmp_path, "--topology", "cpu:8", "--stages", "warm")
+    assert done.returncode == 2
+    assert "error: --stages warm: the run has cold, prefer, reason, keep" in done.stderr
+
+
+def tpu_compiler() -> Path | None:
+    """The library of libtpu: installed, or where `.ci/run` puts it, out of the way of jax."""
+    spec = importlib.util.find_spec("libtpu")
+    apart = Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu"
+    library = Path(spec.submodule_search_locations[0] if spec else apart, "libtpu.so")
+    return library if library.exists() else None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tpu_compiler() is None, reason="libtpu is not installed")
+def test_the_command_plans_for_tpus(tmp_path):
+    done = plan_command(
+        tmp_path, "--topology", "v5e:2x4", "--json", "-", TPU_LIBRARY_PATH=str(tpu_compiler())
+    )
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert (made["chips"], made["chip"]["name"]) == (8, "TPU v5e")
+    assert [stage["stage"] for stage in made["stages"]] == ["cold", "prefer", "reason", "keep"]
+    for stage in made["stages"]:
+        assert stage["fits"]
+        for program in stage["programs"]:
+            assert program["seconds"]["memory"] > 0
+            assert (program["flops"] > 0) == (program["work"] != "sync")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tpu_compiler() is None, reason="libtpu is not installed")
+def test_what_does_not_fit_is_said(tmp_path):
+    larger = ["model.changes.hidden_size=16384", "model.changes.intermediate_size=65536"]
+    done = plan_command(
+        tmp_path,
+        *("--topology", "v5e:2x4", "--stages", "cold", *larger),
+        TPU_LIBRARY_PATH=str(tpu_compiler()),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "DOES NOT FIT by" in done.stdout
