@@ -117,10 +117,16 @@ def _run(arguments: argparse.Namespace) -> None:
     from jaxrl_reason.stages.config import RunConfig
     from jaxrl_reason.stages.pareto import pareto_points
     from jaxrl_reason.stages.pipeline import run
+    from jaxrl_reason.stages.preemption import PreemptionError
 
     config = RunConfig.load(arguments.config, arguments.overrides)
     console = Console(soft_wrap=True)
-    rows = run(config, say=lambda line: console.print(line, highlight=False, markup=False))
+    say = lambda line: console.print(line, highlight=False, markup=False)
+    try:
+        rows = run(config, say=say)
+    except PreemptionError as notice:
+        say(f"SIGTERM: {notice or 'nothing was lost'}; the same command goes on from there")
+        return
     folder = Path(config.output_dir) / config.name
     kinds = [(name, stage.kind) for name, stage in config.stages.items()]
     plots = make_plots(folder, kinds, pareto_points(config))

@@ -153,6 +153,10 @@ class RunConfig(Config):
     """How devices are arranged."""
     steps_per_dispatch: Positive = 32
     """Decode steps between two looks of the host at what is finished."""
+    step_timeout: Annotated[float, Field(gt=0)] | None = None
+    """Seconds after which a step that still runs ends the process, with the stacks of all threads
+    and exit code 1, so that a launcher starts it again. The first step of a start, which compiles,
+    has ten times as long. Null: never."""
     evaluation: EvaluationConfig
     """Evaluation of every stage."""
     tracking: TrackingConfig = TrackingConfig()

@@ -25,6 +25,7 @@ from jaxrl_reason.stages.judge import reward_functions
 from jaxrl_reason.stages.load import TOKENIZER
 from jaxrl_reason.stages.morl import run_morl
 from jaxrl_reason.stages.policy_config import PolicyConfig
+from jaxrl_reason.stages.preemption import heeded
 from jaxrl_reason.stages.reject import META, run_reject
 from jaxrl_reason.stages.reject_config import RejectConfig
 from jaxrl_reason.stages.sft import demonstrations, run_sft
@@ -50,8 +51,14 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
 
     Raises:
         InputError: a mistake in the configuration or the data, or a folder made by another one.
+        PreemptionError: SIGTERM has come, and what there was is saved.
     """
     context = Context.create(config)
+    with heeded():
+        return _run(context, say)
+
+
+def _run(context: Context, say: Callable[[str], None]) -> list[dict[str, Any]]:
     stages = plan(context)
     check_belongs(context, stages)
     for stage in stages:
@@ -67,7 +74,7 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
             if (step := checkpoint.latest(stage.checkpoints)) is not None:
                 say(f"{stage.name}: going on after step {step}")
             stage.directory.mkdir(parents=True, exist_ok=True)
-            _write_json(stage.directory / "config.json", to_json(config))
+            _write_json(stage.directory / "config.json", to_json(context.config))
             RUNNERS[stage.config.kind](stage)
         meta = _latest_meta(stage.directory)
         if isinstance(stage.config, RejectConfig):

@@ -11,7 +11,8 @@ depends on their rewards alone.
 
 With `max_staleness=1`, the next batch is sampled by the parameters before this batch's update,
 while the rewards of this one are computed. A batch right after a checkpoint is sampled by that
-checkpoint's parameters, so that a resumed run samples what an uninterrupted one does.
+checkpoint's parameters, so that a resumed run samples what an uninterrupted one does; a checkpoint
+that is written before its time holds the batch that was sampled ahead.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from jaxrl_reason.stages.breakdown import Times
 from jaxrl_reason.stages.completions import completion_metrics
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.judge import Judge
+from jaxrl_reason.stages.packed import pack, unpack
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.policy_rows import Sight
 from jaxrl_reason.stages.scoring import Scored, Scoring
@@ -80,6 +82,16 @@ class _Sampled:
     step: int
 
 
+def _saved(batch: _Sampled) -> dict[str, Any]:
+    """A batch as JSON values, but what follows from the configuration."""
+    return {
+        "step": batch.step,
+        "problems": len(batch.problems),
+        "metrics": {name: float(value) for name, value in batch.metrics.items()},
+        "completions": pack([(*place, made) for place, made in batch.completions.items()]),
+    }
+
+
 class Rollouts:
     """The batches of a stage, in order.
 
@@ -88,7 +100,7 @@ class Rollouts:
         engine: samples its completions.
         judge: reads and rewards them.
         workers: of the judge.
-        saved: what `state` gave when the checkpoint was written.
+        begin: where the stage goes on.
     """
 
     def __init__(
@@ -97,16 +109,48 @@ class Rollouts:
         engine: Engine,
         judge: Judge,
         workers: Workers,
-        saved: Mapping[str, Any] | None = None,
+        begin: Start,
     ):
+        saved = begin.meta.get("cursor", {})
         self._stage, self._engine, self._judge, self._workers = stage, engine, judge, workers
         self._config: PolicyConfig = stage.config
-        self._problems_read = 0 if saved is None else saved["problems"]
-        self._ahead: _Sampled | None = None
+        self._problems_read = saved.get("problems", 0)
+        ahead = saved.get("ahead")
+        self._ahead = None if ahead is None else self._restored(ahead, begin.state.params)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON values: where the next problem is read."""
-        return {"problems": self._problems_read}
+        """What a checkpoint keeps, as JSON values: where the next problem is read.
+
+        And, where a checkpoint is written before its time, the batch that was sampled ahead.
+        """
+        kept: dict[str, Any] = {"problems": self._problems_read}
+        if self._ahead is not None:
+            kept["ahead"] = _saved(self._ahead)
+        return kept
+
+    def _restored(self, saved: Mapping[str, Any], params: Params) -> _Sampled:
+        """The batch that `_saved` is made of; its rewards are computed again."""
+        completions, count, step = unpack(saved["completions"]), saved["problems"], saved["step"]
+        first = self._problems_read - count
+        problems = self._stage.problems(first, count, self._config.difficulties(step))
+        prompts = self._stage.context.prompts(problems)
+        _, sights = self._stage.context.look(params, prompts)
+        batch = _Sampled(
+            scoring=self._scoring(),
+            problems=problems,
+            prompts=[prompt.tokens for prompt in prompts],
+            sights=sights or [],
+            completions={},
+            ended=deque(),
+            live={},  # only looked at with dynamic sampling, which samples nothing ahead
+            metrics=dict(saved["metrics"]),
+            step=step,
+        )
+        for number, index, completion in completions:
+            request = Request(prompt=batch.prompts[number], id=number, index=index)
+            batch.completions[number, index] = dataclasses.replace(completion, request=request)
+            batch.scoring.add(number, index, problems[number], completion.tokens.tolist())
+        return batch
 
     def next(self, params: Params, step: int, times: Times) -> Batch:
         """The batch of a step, sampled by `params` or, where the stage samples ahead, already.
@@ -274,4 +318,4 @@ def open_rollouts(stage: Stage, begin: Start) -> Iterator[Rollouts]:
     with Workers(judge, config.reward_workers) as workers:
         if config.precompile:
             engine.precompile(begin.state.params)
-        yield Rollouts(stage, engine, judge, workers, begin.meta.get("cursor"))
+        yield Rollouts(stage, engine, judge, workers, begin)

@@ -1,7 +1,9 @@
 """The loop around the steps of a stage: start or resume, log, save."""
 
+import contextlib
+import faulthandler
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ from jaxrl_reason.stages.breakdown import table
 from jaxrl_reason.stages.compiles import CompileWatch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.guard import Guard
+from jaxrl_reason.stages.preemption import PreemptionError, after_a_step
 from jaxrl_reason.steps import (
     Optimizer,
     Step,
@@ -26,6 +29,9 @@ from jaxrl_reason.steps import (
     make_optimizer,
     state_shardings,
 )
+
+_COMPILING = 10
+"""How much longer than others the first step of a start may take."""
 
 
 class Start(NamedTuple):
@@ -152,6 +158,9 @@ def train(
         show: names of metrics for the progress bar.
         data_hash: identifies the stage's data.
         more_meta: what else a checkpoint after so many steps says, as JSON values.
+
+    Raises:
+        PreemptionError: SIGTERM has come; the step that it came in is saved.
     """
     config = stage.config
     state, meta = begin.state, begin.meta
@@ -171,12 +180,14 @@ def train(
             aliases="verl" if tracking.verl_names else None,
         ) as log,
         Progress(f"{stage.name} ({config.kind})", total=config.steps, start=begin.step) as bar,
+        after_a_step() as is_to_end,
     ):
         for step in range(begin.step, config.steps):
             done, step_began = step + 1, time.monotonic()
             compiles.start()
-            result = one_step(state, step)
-            state, metrics = result.state, _numbers(result, step_began)
+            with _deadline(stage.context.config.step_timeout, is_first=step == begin.step):
+                result = one_step(state, step)
+                state, metrics = result.state, _numbers(result, step_began)
             metrics["compiles"] = compiles.look(done, result.shape)
             metrics |= guard.look(
                 done,
@@ -189,7 +200,8 @@ def train(
             log.log(done, metrics)
             shown = {name: metrics[name] for name in show if name in metrics}
             bar.update(done, tokens=result.num_tokens, **shown)
-            if done % config.save_steps == 0 or done == config.steps:
+            ends = is_to_end(done)
+            if done % config.save_steps == 0 or done == config.steps or ends:
                 meta = stage.meta(
                     step=done,
                     complete=done == config.steps,
@@ -200,8 +212,24 @@ def train(
                 )
                 rest = {"opt_state": state.opt_state, "step": state.step}
                 checkpoints.save(done, params=state.params, state=rest, meta=meta)
+            if ends:
+                checkpoints.wait()
+                raise PreemptionError(f"{stage.name} is saved after step {done}")
         if rows:
             bar.conclude(table(stage.name, rows))
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float | None, *, is_first: bool) -> Iterator[None]:
+    """End the process, with the stacks of all threads, if what is within takes longer."""
+    if seconds is None:
+        yield
+        return
+    faulthandler.dump_traceback_later(_COMPILING * seconds if is_first else seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _numbers(result: StepResult, began: float) -> dict[str, float]:

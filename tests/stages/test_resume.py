@@ -18,10 +18,10 @@ from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.steps import init_state, make_optimizer
 
-# Runs the command line, and dies by SIGKILL in the middle of `step` of `stage`: that step's metrics
+# Runs the command line, and gets a signal in the middle of `step` of `stage`: that step's metrics
 # are written, its checkpoint is not, and the checkpoint before it is complete.
 DRIVER = """
-import os, signal, sys, time
+import os, sys, time
 from pathlib import Path
 
 import jax
@@ -30,7 +30,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from jaxrl_reason.cli import main
 from jaxrl_reason.metrics import MetricLog
 
-stage, step, saved = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+stage, step, saved, sent = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 opened, logged = MetricLog.__init__, MetricLog.log
 
 def open_log(self, directory, **options):
@@ -42,10 +42,10 @@ def log(self, number, metrics):
     if self.of_stage.name == stage and number == step:
         while not (self.of_stage / "checkpoints" / saved).exists():
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), sent)
 
 MetricLog.__init__, MetricLog.log = open_log, log
-sys.exit(main(sys.argv[4:]))
+sys.exit(main(sys.argv[5:]))
 """
 
 PACKAGE = str(Path(checkpoint.__file__).parents[1])
@@ -57,18 +57,22 @@ KILLS = {
     "ahead": (4, 2),
     "refill": (3, 2),
 }
+STOPS = {"cold": (47, 40), "balance": (3, 2), "ahead": (3, 2)}
+"""Where a checkpoint is written before its time; `ahead` has sampled its next batch by then."""
 TIMES = ("step_time", "time/", "tokens_per_second", "compiles")
 
 
 @pytest.fixture(scope="module")
-def command(four, rewards_folder, tmp_path_factory):
-    """Start the run of `four` in another folder, to be killed in a stage or to end."""
-    folder = tmp_path_factory.mktemp("killed")
+def start(four, rewards_folder):
+    """Start the run of `four` in another folder, to get a signal in a stage or to end."""
 
-    def start(stage="", step=0, saved=0) -> subprocess.CompletedProcess:
+    def start(
+        folder: Path, stage="", step=0, saved=0, number: int = signal.SIGKILL
+    ) -> subprocess.CompletedProcess:
         run = ["run", str(four.yaml), f"output_dir={folder}"]
+        place = [stage, str(step), str(saved), str(int(number))]
         return subprocess.run(
-            [sys.executable, "-c", DRIVER, stage, str(step), str(saved), *run],
+            [sys.executable, "-c", DRIVER, *place, *run],
             env=os.environ
             | {
                 # Programs compiled by this process need not be compiled five times more.
@@ -81,22 +85,36 @@ def command(four, rewards_folder, tmp_path_factory):
             timeout=300,
         )
 
-    return folder / "four", start
+    return start
 
 
 @pytest.fixture(scope="module")
-def killed(command) -> Path:
+def killed(start, tmp_path_factory) -> Path:
     """The folder of the run after a kill in each stage and an end."""
-    folder, start = command
+    folder = tmp_path_factory.mktemp("killed")
     for stage, (step, saved) in KILLS.items():
-        done = start(stage, step, saved)
+        done = start(folder, stage, step, saved)
         assert done.returncode == -signal.SIGKILL, done.stderr
-        assert checkpoint.latest(folder / stage / "checkpoints") == saved
-        assert read_metrics(folder / stage / "metrics.jsonl")[-1]["step"] == step
-    done = start()
+        assert checkpoint.latest(folder / "four" / stage / "checkpoints") == saved
+        assert read_metrics(folder / "four" / stage / "metrics.jsonl")[-1]["step"] == step
+    done = start(folder)
     assert done.returncode == 0, done.stderr
     assert f"refill: going on after step {KILLS['refill'][1]}" in done.stdout
-    return folder
+    return folder / "four"
+
+
+@pytest.fixture(scope="module")
+def stopped(start, tmp_path_factory) -> Path:
+    """The folder of the run after SIGTERM in some stages and an end."""
+    folder = tmp_path_factory.mktemp("stopped")
+    for stage, (step, saved) in STOPS.items():
+        done = start(folder, stage, step, saved, signal.SIGTERM)
+        assert done.returncode == 0, done.stderr
+        assert f"SIGTERM: {stage} is saved after step {step}; the same command" in done.stdout
+        assert checkpoint.latest(folder / "four" / stage / "checkpoints") == step
+    done = start(folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "four"
 
 
 def whole_checkpoint(config: RunConfig, folder: Path, name: str):
@@ -109,10 +127,19 @@ def whole_checkpoint(config: RunConfig, folder: Path, name: str):
     return checkpoint.restore(folder / name, params=like.params, state=state)
 
 
+@pytest.mark.parametrize("stage", [*STOPS, "refill"])
+def test_a_notice_in_a_step_changes_no_bit(four, stopped, stage):
+    assert_same_bits(four, stopped, stage)
+
+
 @pytest.mark.parametrize("stage", KILLS)
 def test_checkpoints_have_the_same_bits(four, killed, stage):
+    assert_same_bits(four, killed, stage)
+
+
+def assert_same_bits(four, folder: Path, stage: str) -> None:
     expected = whole_checkpoint(four.config, four.directory, stage)
-    actual = whole_checkpoint(four.config, killed, stage)
+    actual = whole_checkpoint(four.config, folder, stage)
     assert actual.step == expected.step == four.config.stages[stage].steps
     assert int(actual.state["step"]) == (10 if stage == "reason" else actual.step)
     differ = []

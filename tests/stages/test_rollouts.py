@@ -1,6 +1,7 @@
 """Batches of completions: the groups they hold, whose they are, and that no timing changes them."""
 
 import itertools
+import json
 import random
 import sys
 
@@ -10,9 +11,10 @@ import pytest
 
 from jaxrl_reason import sampling
 from jaxrl_reason.rewards.workers import Workers
-from jaxrl_reason.sampling import Completion
+from jaxrl_reason.sampling import Completion, Request
 from jaxrl_reason.stages.breakdown import Times
 from jaxrl_reason.stages.judge import Judge
+from jaxrl_reason.stages.packed import pack, unpack
 from jaxrl_reason.stages.pipeline import plan
 from jaxrl_reason.stages.rollouts import Rollouts, open_rollouts
 from jaxrl_reason.stages.training import Start
@@ -128,7 +130,10 @@ def rollouts(make_context, tiny, tmp_path, monkeypatch):
             max_completion_length=LONGEST,
         )
         opened.append(Workers(judge, count))
-        return Rollouts(stage, engine, judge, opened[-1], saved)
+        meta = {} if saved is None else {"cursor": saved}
+        return Rollouts(
+            stage, engine, judge, opened[-1], Start(TrainState(None, None, None), 0, meta)
+        )
 
     yield make
     for workers in opened:
@@ -368,6 +373,43 @@ def test_a_run_that_goes_on_after_a_checkpoint_samples_the_same(rollouts):
     assert saved == {"problems": 3 * PER_STEP}
     resumed = rollouts(Engine(ragged, seed=1), saved=saved, **AHEAD)
     assert [told(resumed.next(None, step, Times())) for step in range(3, 7)] == batches[3:]
+
+
+def test_a_checkpoint_before_its_time_holds_the_batch_that_was_sampled_ahead(rollouts):
+    whole, batches, saved = rollouts(Engine(ragged), **AHEAD), [], None
+    for step in range(7):
+        batches.append(told(whole.next(None, step, Times())))
+        if step == 3:  # a notice: the checkpoint of step 6 is still to come
+            saved = json.loads(json.dumps(whole.state()))
+    assert set(saved) == {"problems", "ahead"}
+    engine = Engine(ragged, seed=1)
+    resumed = rollouts(engine, saved=saved, **AHEAD)
+    assert [told(resumed.next(None, step, Times())) for step in range(4, 7)] == batches[4:]
+    assert len(engine.sessions) == 2  # of steps 5 and 6
+
+
+def test_packed_completions_are_the_same_bits():
+    rng = np.random.default_rng(0)
+    made = []
+    for number, length in enumerate([3, 0, 5]):
+        logprobs = rng.normal(size=(2, length)).astype(np.float32)
+        one = Completion(
+            request=Request(prompt=[1, 2], id=number, index=7),
+            tokens=rng.integers(0, 99, length).astype(np.int32),
+            logprobs=logprobs[0],
+            kept_logmass=logprobs[1],
+            sampled=rng.random(length) < 0.5,
+            versions=np.full(length, 3),
+            finish_reason=("stop", "aborted", "length")[number],
+        )
+        made.append((number, 7, one))
+    found = unpack(pack(made))
+    assert [place[:2] for place in found] == [(0, 7), (1, 7), (2, 7)]
+    for (_, _, was), (_, _, now) in zip(made, found, strict=True):
+        assert now.finish_reason == was.finish_reason
+        for name in ("tokens", "logprobs", "kept_logmass", "sampled", "versions"):
+            before, after = getattr(was, name), getattr(now, name)
+            assert (after.dtype, after.tobytes()) == (before.dtype, before.tobytes())
 
 
 def test_rewards_of_a_batch_go_on_while_the_next_is_sampled(rollouts):

@@ -1,0 +1,69 @@
+"""SIGTERM is a notice that the machine will be taken away: save what there is, and end well.
+
+Between steps, and while a run samples for an evaluation or makes its data, nothing would be lost,
+and it ends at once. A step that has begun is finished and saved. A second SIGTERM does not wait.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class PreemptionError(Exception):
+    """The run was asked to end; the same command goes on where it stopped."""
+
+
+class _Notices:
+    """Of this process, which has one handler of signals."""
+
+    def __init__(self):
+        self.came, self.waits = False, False
+
+    def take(self, signum: int, frame: object) -> None:
+        """The handler."""
+        if self.waits and not self.came:
+            self.came = True
+            return
+        self.came = True
+        raise PreemptionError
+
+
+_notices = _Notices()
+
+
+@contextlib.contextmanager
+def heeded() -> Iterator[None]:
+    """Within, SIGTERM raises `PreemptionError`.
+
+    In the main thread alone, as Python has it. In a run of several processes JAX takes the signal,
+    since all of them have to end after the same step.
+    """
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+        yield
+        return
+    _notices.came = False
+    before = signal.signal(signal.SIGTERM, _notices.take)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def after_a_step() -> Iterator[Callable[[int], bool]]:
+    """Within, SIGTERM waits; gives a function that says after each step whether it has come.
+
+    Of several processes it says the same in all of them, for the same step.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    _notices.waits = True
+    try:
+        yield lambda step: _notices.came
+    finally:
+        _notices.waits = False
