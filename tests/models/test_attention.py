@@ -1,17 +1,16 @@
 """Attention of whole rows: every backend against loops over tokens, and against the plain one."""
 
 import dataclasses
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tpu_compiler import tpu_compiler
 
 from jaxrl_reason.models import Model, ModelConfig, attention_rows
 from jaxrl_reason.models.attention import Window, attend, row_mask
@@ -433,14 +432,6 @@ with jax.set_mesh(mesh):
 for kernel in ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"):
     print(kernel, kernel in program)
 """
-
-
-def tpu_compiler() -> Path | None:
-    """The library of libtpu: installed, or where `.ci/run` puts it, out of the way of jax."""
-    spec = importlib.util.find_spec("libtpu")
-    apart = Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu"
-    library = Path(spec.submodule_search_locations[0] if spec else apart, "libtpu.so")
-    return library if library.exists() else None
 
 
 @pytest.mark.skipif(

@@ -2,18 +2,17 @@
 
 import dataclasses
 import functools
-import importlib.util
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from tpu_compiler import tpu_compiler
 
 from jaxrl_reason.models import ModelConfig, experts
 from jaxrl_reason.models.experts import Way, choose_way, make_layout, mix_experts
@@ -603,14 +602,6 @@ with jax.set_mesh(mesh):
     compiled = gradients.lower(x, experts, weights, kernels).compile()
 print("tpu_custom_call" in compiled.as_text(), compiled.cost_analysis()["flops"])
 """
-
-
-def tpu_compiler() -> Path | None:
-    """The library of libtpu: installed, or where `.ci/run` puts it, out of the way of jax."""
-    spec = importlib.util.find_spec("libtpu")
-    apart = Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu"
-    library = Path(spec.submodule_search_locations[0] if spec else apart, "libtpu.so")
-    return library if library.exists() else None
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from tpu_compiler import tpu_compiler
 
 from jaxrl_reason.config import validate
 from jaxrl_reason.data.batching import fill_rows, microbatches
@@ -260,14 +261,6 @@ def test_an_unknown_stage_is_refused(tmp_path):
     done = plan_command(tmp_path, "--topology", "cpu:8", "--stages", "warm")
     assert done.returncode == 2
     assert "error: --stages warm: the run has cold, prefer, reason, keep" in done.stderr
-
-
-def tpu_compiler() -> Path | None:
-    """The library of libtpu: installed, or where `.ci/run` puts it, out of the way of jax."""
-    spec = importlib.util.find_spec("libtpu")
-    apart = Path(__file__).parents[2] / ".cache" / "libtpu" / "libtpu"
-    library = Path(spec.submodule_search_locations[0] if spec else apart, "libtpu.so")
-    return library if library.exists() else None
 
 
 @pytest.mark.slow
