@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrl_reason import __version__
-from jaxrl_reason.errors import InputError
+from jaxrl_reason.errors import InputError, Preemption
 
 _RUN = """\
 Train the stages of a configuration one after the other. Finished stages are skipped and an
@@ -102,6 +102,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Preemption as notice:
+        print(f"SIGTERM: {notice}; the same command goes on from there")
+        # An experiment is not done, which whoever started one of its seeds has to see.
+        return 0 if arguments.command is _run else 143
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
@@ -117,16 +121,11 @@ def _run(arguments: argparse.Namespace) -> None:
     from jaxrl_reason.stages.config import RunConfig
     from jaxrl_reason.stages.pareto import pareto_points
     from jaxrl_reason.stages.pipeline import run
-    from jaxrl_reason.stages.preemption import PreemptionError
 
     config = RunConfig.load(arguments.config, arguments.overrides)
     console = Console(soft_wrap=True)
     say = lambda line: console.print(line, highlight=False, markup=False)
-    try:
-        rows = run(config, say=say)
-    except PreemptionError as notice:
-        say(f"SIGTERM: {notice or 'nothing was lost'}; the same command goes on from there")
-        return
+    rows = run(config, say=say)
     folder = Path(config.output_dir) / config.name
     kinds = [(name, stage.kind) for name, stage in config.stages.items()]
     plots = make_plots(folder, kinds, pareto_points(config))

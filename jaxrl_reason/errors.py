@@ -1,4 +1,4 @@
-"""The one exception raised for mistakes in a user's configuration, data or files."""
+"""Mistakes in a user's configuration, data or files, and the notice that a run has to end."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,3 +20,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     if not known:
         return "nothing is allowed here"
     return "allowed: " + ", ".join(known)
+
+
+class Preemption(BaseException):
+    """The run was asked to end; the same command goes on where it stopped.
+
+    No `Exception`, so that what catches the mistakes of rewards or seeds lets it pass.
+    """

@@ -31,7 +31,6 @@ class Chip:
     """A dimension of the network is a ring if its size is a multiple of this, and else a line."""
     network_bandwidth: float
     """To other slices, through the data centre's network."""
-    chips_per_host: int
     source: str
     configuration: str | None = None
     """Of the chip, as the compiler names it; of two cores as one device where it has that."""
@@ -48,7 +47,6 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             torus_axes=3,
             wraps_at=4,
             network_bandwidth=6.25 * _GB,
-            chips_per_host=4,
             source=_DOCS + "v4",
             configuration="megacore",
         ),
@@ -61,7 +59,6 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             torus_axes=2,
             wraps_at=16,
             network_bandwidth=3.125 * _GB,
-            chips_per_host=8,
             source=_DOCS + "v5e",
         ),
         "v5p": Chip(
@@ -73,7 +70,6 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             torus_axes=3,
             wraps_at=4,
             network_bandwidth=6.25 * _GB,
-            chips_per_host=4,
             source=_DOCS + "v5p",
         ),
         "v6e": Chip(
@@ -85,7 +81,6 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             torus_axes=2,
             wraps_at=16,
             network_bandwidth=12.5 * _GB,
-            chips_per_host=8,
             source=_DOCS + "v6e",
         ),
     }

@@ -21,16 +21,20 @@ def load_described(path: str, overrides: Sequence[str]) -> RunConfig:
 
 
 def _described(raw: dict[str, Any]) -> dict[str, Any]:
-    named = [raw.get("task") or {}, *(raw.get("tasks") or {}).values()]
-    if not any(task.get("name") == "dataset" for task in named):
+    named = [raw.get("task"), *_mapping(raw.get("tasks")).values()]
+    if not any(_mapping(task).get("name") == "dataset" for task in named):
         return raw
     made = copy.deepcopy(raw)
     made["task"] = {"name": "arithmetic"}
     made.pop("tasks", None)
-    (made.get("evaluation") or {}).pop("sets", None)
-    for stage in made["stages"].values():
+    _mapping(made.get("evaluation")).pop("sets", None)
+    for stage in map(_mapping, _mapping(made.get("stages")).values()):
         for name in _OF_PROBLEMS:
             stage.pop(name, None)
-        if isinstance(stage.get("data"), dict):
-            stage["data"].pop("problems", None)
+        _mapping(stage.get("data")).pop("problems", None)
     return made
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """The value, or an empty mapping in place of what validation will refuse."""
+    return value if isinstance(value, dict) else {}

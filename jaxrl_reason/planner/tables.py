@@ -6,7 +6,6 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from jaxrl_reason.planner.plan import ProgramPlan, StagePlan
 from jaxrl_reason.planner.topology import Topology
@@ -20,8 +19,10 @@ def headline(stage: StagePlan, topology: Topology) -> str:
     text = f"{stage.name} ({stage.kind}): {_size(stage.memory)} of {_size(limit)} a chip, {fits}"
     if not math.isfinite(stage.seconds):
         return text
-    rate = stage.tokens / stage.seconds / chips
-    return f"{text}; a step takes {_seconds(stage.seconds)} or more, {rate:,.0f} tokens/s a chip"
+    text += f"; a step takes {_seconds(stage.seconds)} or more"
+    if not stage.tokens:  # nothing is updated
+        return text
+    return f"{text}, {stage.tokens / stage.seconds / chips:,.0f} tokens/s a chip"
 
 
 def memory_table(stages: Sequence[StagePlan]) -> Table:
@@ -35,7 +36,7 @@ def memory_table(stages: Sequence[StagePlan]) -> Table:
         arrays = program.memory.arrays
         held = [_size(arrays[name]) if name in arrays else "-" for name in names]
         last = (_size(program.memory.temporary), _size(program.memory.total))
-        table.add_row(stage.name, Text(program.name), *held, *last)
+        table.add_row(stage.name, program.name, *held, *last)
     return table
 
 

@@ -40,7 +40,8 @@ def open_topology(name: str) -> Topology:
         InputError: an unknown name, or the compiler for TPUs is not installed.
     """
     found = _NAME.fullmatch(name)
-    if found is None or found["kind"] not in (*CHIPS, "cpu"):
+    kinds = (*CHIPS, "cpu")
+    if found is None or found["kind"] not in kinds or _is_odd(found):
         raise InputError(
             f"topology {name!r} is unknown; kinds are {', '.join(CHIPS)} and cpu, for example "
             f"{_EXAMPLES}"
@@ -49,6 +50,12 @@ def open_topology(name: str) -> Topology:
     if found["kind"] == "cpu":
         return _cpus(name, int(found["sizes"]))
     return _tpus(name, found["kind"], found["sizes"], int(found["slices"] or 1))
+
+
+def _is_odd(found: re.Match[str]) -> bool:
+    """Whether it speaks of slices of a CPU, or of none at all."""
+    of_cpu = found["kind"] == "cpu" and (found["slices"] or "x" in found["sizes"])
+    return bool(of_cpu) or found["slices"] == "0"
 
 
 def _tpus(name: str, kind: str, sizes: str, slices: int) -> Topology:
@@ -118,7 +125,6 @@ def _cpus(name: str, count: int) -> Topology:
         torus_axes=0,
         wraps_at=1,
         network_bandwidth=bandwidth / count,
-        chips_per_host=count,
         source="measured: a product of float32 matrices, and a pass over an array",
     )
     return Topology(name, chip, devices)

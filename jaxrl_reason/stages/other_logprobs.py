@@ -79,7 +79,7 @@ class OtherLogprobs:
         config: PolicyConfig = stage.config
         model = stage.context.model
         self._reference = Reference(stage) if config.beta > 0 else None
-        self._logprobs = batch_logprobs(stage)
+        self._logprobs = batch_logprobs(stage) if config.beta > 0 else None
         self._mismatch = Mismatch(config.mismatch, model.config.dtype, saved)
         self._correction = make_correction(
             model, stage.context.mesh, config.mismatch, **_of_model(config)

@@ -51,7 +51,7 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
 
     Raises:
         InputError: a mistake in the configuration or the data, or a folder made by another one.
-        PreemptionError: SIGTERM has come, and what there was is saved.
+        Preemption: SIGTERM has come, and what there was is saved.
     """
     context = Context.create(config)
     with heeded():

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental import multihost_utils
 
-
-class PreemptionError(Exception):
-    """The run was asked to end; the same command goes on where it stopped."""
+from jaxrl_reason.errors import Preemption
 
 
 class _Notices:
@@ -25,11 +23,10 @@ class _Notices:
 
     def take(self, signum: int, frame: object) -> None:
         """The handler."""
-        if self.waits and not self.came:
-            self.came = True
+        first, self.came = not self.came, True
+        if self.waits and first:
             return
-        self.came = True
-        raise PreemptionError
+        raise Preemption("the step that was running is lost" if self.waits else "nothing is lost")
 
 
 _notices = _Notices()
@@ -37,7 +34,7 @@ _notices = _Notices()
 
 @contextlib.contextmanager
 def heeded() -> Iterator[None]:
-    """Within, SIGTERM raises `PreemptionError`.
+    """Within, SIGTERM raises `Preemption`.
 
     In the main thread alone, as Python has it. In a run of several processes JAX takes the signal,
     since all of them have to end after the same step.
@@ -67,3 +64,5 @@ def after_a_step() -> Iterator[Callable[[int], bool]]:
         yield lambda step: _notices.came
     finally:
         _notices.waits = False
+    if _notices.came:  # behind the last step
+        raise Preemption("nothing is lost")

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxrl_reason.data.batching import Batch, fill_rows, visual_rows
 from jaxrl_reason.data.vision import VisionRow
+from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.sampling import Engine, Rollout, SamplingConfig
 from jaxrl_reason.sampling.decode import Dispatch
 from jaxrl_reason.sharding import batch_multiple, batch_sharding
@@ -28,7 +29,7 @@ from jaxrl_reason.stages.policy_rows import PolicyRows, Sight
 from jaxrl_reason.stages.reject_config import RejectConfig
 from jaxrl_reason.stages.stage_config import DPOConfig, SFTConfig
 from jaxrl_reason.stages.training import compile_step, stage_optimizer, state_like
-from jaxrl_reason.steps import Step, make_sft_step, needs_reference
+from jaxrl_reason.steps import Step, make_sft_step, needs_reference, partition
 
 Shapes = dict[str, jax.ShapeDtypeStruct]
 Work = Literal["update", "forward", "prefill", "decode", "sync", "encode"]
@@ -68,6 +69,7 @@ def stage_programs(stage: Stage) -> list[Program]:
 def _sft(stage: Stage) -> Iterator[Program]:
     config: SFTConfig = stage.config
     count = config.gradient_accumulation_steps
+    stage.check_rows("batch_size", config.batch_size, microbatches=count)
     shape = (count, config.batch_size // count)
     cut = _like(_row(stage, config.max_length), shape)
     update = compile_step(stage, make_sft_step, logprob_chunk_size=config.logprob_chunk_size)
@@ -76,11 +78,12 @@ def _sft(stage: Stage) -> Iterator[Program]:
 
 def _dpo(stage: Stage) -> Iterator[Program]:
     config: DPOConfig = stage.config
+    count = config.gradient_accumulation_steps
+    stage.check_rows("batch_size", config.batch_size, microbatches=count)
     if isinstance(config.data, SampledPairs):
         longest = config.max_length - stage.context.config.max_prompt_length
         of = (config.data.num_prompts, config.data.num_generations)
         yield from _groups(stage, *of, config.data.sampling, longest, steps=config.steps)
-
     row = _row(stage, config.max_length)
     if needs_reference(config.loss_type):
         rows, params = reference_rows(stage), stage.context.params_like
@@ -95,7 +98,6 @@ def _dpo(stage: Stage) -> Iterator[Program]:
             length=config.max_length,
             arguments={"parameters": params, "batch": placed},
         )
-    count = config.gradient_accumulation_steps
     shape = (count, config.batch_size // count, 2)
     cut = _like(row, shape)
     if needs_reference(config.loss_type):
@@ -108,7 +110,9 @@ def _policy(stage: Stage) -> Iterator[Program]:
     context, count = stage.context, config.prompts_per_step * config.num_generations
     params = context.params_like
     optimizer = state_like(stage, stage_optimizer(stage)).opt_state
-    reference = {"reference": params} if config.beta > 0 else {}
+    # The reference has what is trained for itself, and the rest in common with the policy.
+    trained, shared = partition(params, trainable(context.model.config))
+    reference = {"reference": trained} if config.beta > 0 else {}
     yield from _sampling(
         stage,
         context.engine(
@@ -132,8 +136,8 @@ def _policy(stage: Stage) -> Iterator[Program]:
             per_step=1,
             tokens=math.prod(batch["tokens"].shape),
             length=rows.length,
-            arguments={"reference": params, "batch": placed},
-            beside={"parameters": params, "optimizer": optimizer},
+            arguments={"reference": trained, "parameters": shared, "batch": placed},
+            beside={"parameters": trained, "optimizer": optimizer},
         )
         batch = batch | {"ref_logprobs": batch["old_logprobs"]}
     program = _update(stage, policy_update(stage), batch, rows.length)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxrl_reason.checkpoint import Checkpoints, latest_valid
-from jaxrl_reason.errors import InputError
+from jaxrl_reason.errors import InputError, Preemption
 from jaxrl_reason.metrics import MetricLog, Progress
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable
@@ -19,7 +19,7 @@ from jaxrl_reason.stages.breakdown import table
 from jaxrl_reason.stages.compiles import CompileWatch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.guard import Guard
-from jaxrl_reason.stages.preemption import PreemptionError, after_a_step
+from jaxrl_reason.stages.preemption import after_a_step
 from jaxrl_reason.steps import (
     Optimizer,
     Step,
@@ -160,7 +160,7 @@ def train(
         more_meta: what else a checkpoint after so many steps says, as JSON values.
 
     Raises:
-        PreemptionError: SIGTERM has come; the step that it came in is saved.
+        Preemption: SIGTERM has come; the step that it came in is saved.
     """
     config = stage.config
     state, meta = begin.state, begin.meta
@@ -214,7 +214,7 @@ def train(
                 checkpoints.save(done, params=state.params, state=rest, meta=meta)
             if ends:
                 checkpoints.wait()
-                raise PreemptionError(f"{stage.name} is saved after step {done}")
+                raise Preemption(f"{stage.name} is saved after step {done}")
         if rows:
             bar.conclude(table(stage.name, rows))
 

@@ -203,12 +203,31 @@ def test_the_embedding_is_no_product():
         ("v5e", "for example v5e:8x8"),
         ("v5e:2x2x2", "has 2 dimensions"),
         ("cpu:0", "has no device"),
+        ("cpu:2x4", "is unknown"),
+        ("2*cpu:4", "is unknown"),
     ],
 )
 def test_topologies_that_are_none_are_refused(name, message, monkeypatch):
     monkeypatch.setattr(topology, "_find_compiler", lambda: None)
     with pytest.raises(InputError, match=message):
         topology.open_topology(name)
+
+
+def test_rows_that_do_not_divide_are_refused_as_in_a_run():
+    text = (TINY + STAGES).replace(
+        "gradient_accumulation_steps: 2", "gradient_accumulation_steps: 4"
+    )
+    made = Context.describe(config_of(text), jax.devices())
+    with pytest.raises(InputError, match=r"stages\.cold\.batch_size=8 must be a multiple of 16"):
+        programs_of(made, "cold")
+
+
+def test_of_an_adapter_only_what_is_trained_is_held_twice():
+    text = (TINY + STAGES).replace("model:\n", "model:\n  lora: {r: 2, lora_alpha: 4}\n")
+    made = Context.describe(config_of(text), jax.devices())
+    update = programs_of(made, "reason")[1]["update"]
+    whole = bytes_per_device(update.arguments["parameters"])
+    assert 0 < bytes_per_device(update.beside["reference"]) < whole / 2
 
 
 def test_without_the_compiler_for_tpus_it_is_said_what_to_install(monkeypatch):

@@ -1,0 +1,59 @@
+"""SIGTERM: when it waits, when it does not, and that nothing swallows it."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+
+from jaxrl_reason.errors import Preemption
+from jaxrl_reason.stages.preemption import after_a_step, heeded
+
+
+def notice() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def steps(*notices: int) -> list[int]:
+    """The steps that were begun; notices come in those of these numbers, 0: behind the last."""
+    begun = []
+    with heeded(), after_a_step() as is_to_end:
+        for step in (1, 2, 3):
+            begun.append(step)
+            for _ in range(notices.count(step)):
+                notice()
+            if is_to_end(step):
+                raise Preemption(f"{begun} are saved")
+        for _ in range(notices.count(0)):
+            notice()
+    return begun
+
+
+def test_it_ends_at_once_what_would_lose_nothing():
+    def reward():
+        with heeded(), contextlib.suppress(Exception):  # as those who call a user's functions do
+            notice()
+
+    with pytest.raises(Preemption, match="nothing is lost"):
+        reward()
+
+
+def test_a_step_is_finished_first():
+    with pytest.raises(Preemption, match=r"\[1, 2\] are saved"):
+        steps(2)
+
+
+def test_behind_the_last_step_it_is_not_forgotten():
+    with pytest.raises(Preemption, match="nothing is lost"):
+        steps(0)
+
+
+def test_the_second_does_not_wait():
+    with pytest.raises(Preemption, match="the step that was running is lost"):
+        steps(2, 2)
+
+
+def test_without_a_notice_nothing_changes_and_the_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    assert steps() == [1, 2, 3]
+    assert signal.getsignal(signal.SIGTERM) == before
