@@ -27,9 +27,9 @@ from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from jaxrl_reason.errors import InputError, nearest
+from jaxrl_reason.errors import InputError, StorageError, nearest
+from jaxrl_reason.processes import gather, is_first
 
 # Orbax is imported where it is called: it adds half again to the time that importing jax takes, and
 # reading `meta` or printing `--help` has no use for it.
@@ -66,7 +66,8 @@ class Checkpoints:
 
     `save` copies the arrays to host memory and returns, so the caller may donate them; one save is
     written at a time. `keep` is the number of newest checkpoints that stay, None for all. Raises
-    `InputError` where nothing can be written in `directory`.
+    `InputError` where nothing can be written in `directory`, and `StorageError` where writing fails
+    later; checkpoints that are complete stay.
     """
 
     def __init__(self, directory: str | Path, *, keep: int | None = None):
@@ -77,6 +78,7 @@ class Checkpoints:
         self.directory = _absolute(directory)
         self.keep = keep
         _check_writable(self.directory)
+        logging.getLogger("absl").addFilter(_is_not_told_again)  # the same filter counts once
         registry = ocp.handlers.create_default_handler_registry(
             params=ocp.StandardCheckpointHandler(),
             state=ocp.StandardCheckpointHandler(),
@@ -102,7 +104,7 @@ class Checkpoints:
         path = self.directory / str(step)
         if path.exists():
             raise InputError(f"checkpoint {path} exists already; resume from it or remove it")
-        if jax.process_index() == 0:
+        if is_first():
             for pattern in (_UNFINISHED, _DELETED):  # left behind by a run that was killed
                 for leftover in self.directory.glob(pattern):
                     shutil.rmtree(leftover)
@@ -110,17 +112,35 @@ class Checkpoints:
         if jax.tree.leaves(state):  # Orbax refuses to write an empty tree
             items["state"] = ocp.args.StandardSave(_nested(state, "state"))
         stored = ocp.args.JsonSave(_storable(meta, self.directory))
-        self._writer.save(path, args=ocp.args.Composite(**items, meta=stored))
+        with self._told():
+            self._writer.save(path, args=ocp.args.Composite(**items, meta=stored))
 
     def wait(self) -> None:
         """Block until the last save is complete, then delete what `keep` does not cover."""
-        self._writer.wait_until_finished()
-        if self.keep is None or jax.process_index() != 0:
+        with self._told():
+            self._writer.wait_until_finished()
+        if self.keep is None or not is_first():
             return
         for step in steps(self.directory)[: -self.keep]:
             # Renamed first: a deletion that is killed must not leave half a checkpoint behind.
             doomed = (self.directory / str(step)).rename(self.directory / f"{step}.deleted")
             shutil.rmtree(doomed)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Within, what storage refuses is said in a sentence."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # the device's trouble
+        except Exception as error:  # Orbax raises many kinds, from several threads
+            *_, root = _causes(error)
+            reason = str(root).splitlines()[0][:600] if str(root) else type(root).__name__
+            last = latest(self.directory)
+            kept = "there is none yet" if last is None else f"the last one is {last}"
+            raise StorageError(
+                f"a checkpoint could not be written to {self.directory}: {reason}; {kept}"
+            ) from error
 
     def _record_files(self) -> None:
         # Orbax calls this when all processes have written, before the rename that ends the save.
@@ -135,8 +155,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the last save and stop the background thread."""
-        self.wait()
-        self._writer.close()
+        try:
+            self.wait()
+        finally:
+            self._writer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -267,7 +289,8 @@ def latest_valid(directory: str | Path, *, params: Any, state: Any) -> Restored 
     """Restore the newest checkpoint that is not damaged; None where there is no checkpoint.
 
     A damaged one is reported by a warning and renamed to `<step>.damaged-<time>`, which frees its
-    number. Raises `InputError` where every checkpoint is damaged, or where one does not fit.
+    number; so is a first one that has none before it. Raises `InputError` where several checkpoints
+    are damaged and none is sound, which no broken save explains, or where one does not fit.
     """
     directory = _absolute(directory)
     damaged: list[Path] = []
@@ -277,15 +300,36 @@ def latest_valid(directory: str | Path, *, params: Any, state: Any) -> Restored 
         try:
             restored = restore(path, params=params, state=state)
         except DamagedCheckpointError as error:
-            logger.warning("%s; falling back to the checkpoint before it", error)
-        if _on_all_processes(restored is not None):
-            for other in damaged if jax.process_index() == 0 else ():
-                other.rename(f"{other}.damaged-{time.time_ns()}")
+            logger.warning("%s; falling back to what was there before it", error)
+        if all(gather(restored is not None)):
+            _put_aside(damaged)
             return restored
         damaged.append(path)
-    if damaged:
+    if len(damaged) > 1:
         raise InputError(f"every checkpoint in {directory} is damaged; remove it to start afresh")
+    _put_aside(damaged)
     return None
+
+
+def is_sound(path: str | Path) -> bool:
+    """Whether all files of a step directory are as long as they were written."""
+    try:
+        _check_files(find(path), _ITEMS)
+        read_meta(path)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+def put_aside(path: str | Path) -> None:
+    """Free the number of a damaged checkpoint, with a warning; its files stay."""
+    logger.warning("checkpoint %s is damaged; what it held is made again", path)
+    _put_aside([Path(path)])
+
+
+def _put_aside(damaged: Sequence[Path]) -> None:
+    for path in damaged if is_first() else ():
+        path.rename(f"{path}.damaged-{time.time_ns()}")
 
 
 def _restore_item(path: Path, item: str, like: Tree) -> Tree:
@@ -398,6 +442,11 @@ def _storable(meta: Mapping[str, Any], directory: Path) -> dict[str, Any]:
     return json.loads(json.dumps(stored))
 
 
+def _is_not_told_again(record: logging.LogRecord) -> bool:
+    """False for the stacks that Orbax logs of what it then raises, and `StorageError` says."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
 def _check_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -440,11 +489,5 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _damaged(path: Path, item: str, error: Exception) -> DamagedCheckpointError:
     *_, root = _causes(error)
-    reason = str(root).splitlines()[0][:300] if str(root) else type(root).__name__
+    reason = str(root).splitlines()[0][:600] if str(root) else type(root).__name__
     return DamagedCheckpointError(f"checkpoint {path} is damaged: cannot read {item}: {reason}")
-
-
-def _on_all_processes(flag: bool) -> bool:
-    if jax.process_count() == 1:
-        return flag
-    return bool(multihost_utils.process_allgather(np.asarray(flag)).all())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxrl_reason import __version__
-from jaxrl_reason.errors import InputError, Preemption
+from jaxrl_reason.errors import InputError, Preemption, StorageError
 
 _RUN = """\
 Train the stages of a configuration one after the other. Finished stages are skipped and an
@@ -102,6 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
+        return 1
     except Preemption as notice:
         print(f"SIGTERM: {notice}; the same command goes on from there")
         # An experiment is not done, which whoever started one of its seeds has to see.
@@ -114,7 +117,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code or 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
+    from jaxrl_reason import launch, processes
+
+    if arguments.local_processes is not None:
+        words = ["run", arguments.config, *arguments.overrides]
+        return launch.run_here(words, arguments.local_processes)
+    processes.start()
     from rich.console import Console
 
     from jaxrl_reason.report import make_plots, stage_table, write_report
@@ -123,9 +132,13 @@ def _run(arguments: argparse.Namespace) -> None:
     from jaxrl_reason.stages.pipeline import run
 
     config = RunConfig.load(arguments.config, arguments.overrides)
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, quiet=not processes.is_first())
     say = lambda line: console.print(line, highlight=False, markup=False)
+    if processes.count() > 1:
+        say(f"{processes.count()} processes with {processes.devices()} devices")
     rows = run(config, say=say)
+    if not processes.is_first():
+        return 0
     folder = Path(config.output_dir) / config.name
     kinds = [(name, stage.kind) for name, stage in config.stages.items()]
     plots = make_plots(folder, kinds, pareto_points(config))
@@ -136,6 +149,7 @@ def _run(arguments: argparse.Namespace) -> None:
     for plot in plots:
         print(f"plot     {plot}")
     print(f"report   {write_report(folder, plots=plots)}")
+    return 0
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -172,6 +186,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         console.print(tables.program_table(stage))
     say("Memory of a chip, at the fullest moment of each stage")
     console.print(tables.memory_table(stages))
+    say(tables.bill(stages, topology, arguments.price))
     for note in tables.notes(stages):
         say(note)
     return 0 if all(stage.memory <= chip.memory for stage in stages) else 1
@@ -414,11 +429,15 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, _RUN, "train the stages of a configuration")
     run.add_argument("config", help="YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    run.add_argument(
+        "--local-processes", type=int, metavar="N", help="as N processes, like hosts of a pod"
+    )
     plan = add("plan", _plan, _PLAN, "what a run needs, before any chip is paid for")
     plan.add_argument("config", help="YAML file")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
     plan.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:8x8 or cpu:8")
     plan.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="only these")
+    plan.add_argument("--price", type=float, help="of an hour of a chip: also say what it costs")
     plan.add_argument("--json", metavar="FILE", help="write the plan here; - for standard output")
     importer = add("import", _import, _IMPORT, "make a run of a published model")
     importer.add_argument("model", help="directory or hub id in Hugging Face's format")

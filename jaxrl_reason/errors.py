@@ -22,6 +22,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
     return "allowed: " + ", ".join(known)
 
 
+class StorageError(Exception):
+    """Something could not be written. What was written before stays, and a run goes on from it."""
+
+
 class Preemption(BaseException):
     """The run was asked to end; the same command goes on where it stopped.
 

@@ -6,6 +6,7 @@ copies of it. Metric names are TRL's.
 """
 
 import collections
+import io
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat, TextIO
 
-from jaxrl_reason.errors import InputError
+from jaxrl_reason.errors import InputError, StorageError
 
 VERL_NAMES: Mapping[str, str] = {
     "loss": "actor/loss",
@@ -182,10 +183,16 @@ class MetricLog:
             raise ValueError('a metric may not be called "step"; pass it as the first argument')
         row = with_aliases({k: _scalar(k, value) for k, value in metrics.items()}, self._names)
         self._last_step = step
-        self._file.write(_dumps({"step": int(step), **row}) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            self._events.write(step, row)
+        try:
+            self._file.write(_dumps({"step": int(step), **row}) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.write(step, row)
+        except OSError as error:
+            raise StorageError(
+                f"metrics of step {step} could not be written to {self._file.name}: "
+                f"{error.strerror}"
+            ) from error
         if self._run is not None:
             self._run.log({"step": int(step), **row})
 
@@ -203,6 +210,27 @@ class MetricLog:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+class NoLog:
+    """Takes what a `MetricLog` takes, and writes nothing: for all processes of a run but one."""
+
+    def log(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+
+class Silence(io.StringIO):
+    """A stream that keeps nothing of what is written."""
+
+    def write(self, text: str) -> int:
+        """Forget it."""
+        return len(text)
 
 
 def _scalar(name: str, value: SupportsFloat) -> float:

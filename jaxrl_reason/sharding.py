@@ -180,20 +180,65 @@ def batch_multiple(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in batch_axes(mesh))
 
 
-def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0):
+def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0, rows: int | None = None):
     """A tree of host arrays on the mesh, cut along their batch axis.
+
+    Args:
+        batch: the arrays. With `rows`, of the batch axis only the `own_rows`.
+        mesh: where to.
+        batch_axis: that is cut.
+        rows: of the whole batch.
 
     Raises:
         InputError: the batch does not divide over the mesh.
     """
     multiple = batch_multiple(mesh)
     for x in jax.tree.leaves(batch):
-        if x.shape[batch_axis] % multiple:
+        size = x.shape[batch_axis] if rows is None else rows
+        if size % multiple:
             raise InputError(
-                f"a batch of {x.shape[batch_axis]} rows does not divide over {multiple} devices "
+                f"a batch of {size} rows does not divide over {multiple} devices "
                 f"(mesh {dict(mesh.shape)}); use a multiple of {multiple}"
             )
-    return jax.device_put(batch, batch_sharding(mesh, batch_axis=batch_axis))
+    sharding = batch_sharding(mesh, batch_axis=batch_axis)
+    if rows is None:
+        return put(batch, sharding)
+    at = np.zeros(rows, np.int64)
+    own = own_rows(mesh, rows)
+    at[own] = np.arange(len(own))
+
+    def place(x):
+        shape = (*x.shape[:batch_axis], rows, *x.shape[batch_axis + 1 :])
+        part = lambda index: np.take(x, at[index[batch_axis]], axis=batch_axis)
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(place, batch)
+
+
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """The rows of a batch that devices of this process have, ascending."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in places]))
+
+
+def put(tree, sharding):
+    """Host arrays where they belong; of several processes each has them whole and keeps its parts.
+
+    Args:
+        tree: of arrays.
+        sharding: of all of them, or a tree of shardings that begins like `tree`.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def place(sharding, x):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(sharding, jax.random.key_data(x)))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    each = lambda sharding, part: jax.tree.map(lambda x: place(sharding, x), part)
+    return jax.tree.map(each, sharding, tree)
 
 
 @dataclasses.dataclass(frozen=True)

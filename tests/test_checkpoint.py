@@ -326,11 +326,22 @@ def test_falling_back_is_loud_and_frees_the_number(tmp_path, caplog):
 
 
 def test_when_all_are_damaged_nothing_is_renamed(tmp_path):
-    damage(save(tmp_path, 1) / "params")
+    for step in (1, 2):
+        damage(save(tmp_path, step) / "params")
     like = shapes(make_params())
     with pytest.raises(InputError, match=r"every checkpoint in .* is damaged; remove it"):
         checkpoint.latest_valid(tmp_path, params=like, state=shapes(make_state(make_params())))
-    assert os.listdir(tmp_path) == ["1"]
+    assert sorted(os.listdir(tmp_path)) == ["1", "2"]
+
+
+def test_a_damaged_first_checkpoint_is_put_aside(tmp_path):
+    damage(save(tmp_path, 1) / "params")
+    assert not checkpoint.is_sound(tmp_path / "1")
+    like = shapes(make_params())
+    state = shapes(make_state(make_params()))
+    assert checkpoint.latest_valid(tmp_path, params=like, state=state) is None
+    assert [name.split("-")[0] for name in os.listdir(tmp_path)] == ["1.damaged"]
+    assert checkpoint.is_sound(save(tmp_path, 1))
 
 
 KILLED = """

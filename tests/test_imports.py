@@ -21,11 +21,12 @@ LIBRARY = {"advantages", "arrays", "logprobs", "losses", "objectives"}
 STEPS = LIBRARY | {"models", "sharding"}
 
 # Room -> the rooms it may import, besides itself and those that are open to all.
-OPEN = {"errors", "plugins"}
+OPEN = {"errors", "plugins", "processes"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
     "plugins": set(),
+    "processes": set(),
     **{leaf: set() for leaf in LEAVES},
     "advantages": {"arrays"},
     "losses": {"arrays"},
@@ -33,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "logprobs": {"arrays"},
     "conformance": LIBRARY,
     "models": {"sharding"},
-    "sampling": {"arrays", "models"},
+    "sampling": {"arrays", "models", "sharding"},
     "steps": STEPS,
     "stages": LEAVES | STEPS | {"sampling", "steps"},
     "report": {"data", "metrics"},
@@ -41,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
     "papers": LEAVES | LIBRARY | {"sampling", "stages", "steps"},
     "reproduce": {"checkpoint", "config", "metrics", "objectives", "report", "stages", "tasks"},
     "planner": {"config", "models", "stages"},
-    "cli": {"bench", "config", "planner", "report", "reproduce", "stages"},
+    "launch": set(),
+    "cli": {"bench", "config", "launch", "planner", "report", "reproduce", "stages"},
 }
 
 # Outside library -> the folders and files that may import it.

@@ -1,12 +1,15 @@
 """The mesh that the caller has set (`jax.set_mesh`), as the parts of a model see it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 ROW_AXES = ("data", "fsdp", "expert")
 """Mesh axes over which rows are cut."""
+HEAD_AXES = ("tensor",)
+"""Mesh axes over which heads are cut."""
 
 
 def platform_of(mesh: AbstractMesh) -> str:
@@ -35,10 +38,24 @@ def row_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
 
 def by_rows(function: Callable, rows: int) -> Callable:
     """Each device computes its own rows; for what the compiler does not cut by itself."""
+    return cut(function, rows, lambda rows, heads: (PartitionSpec(rows), PartitionSpec(rows)))
+
+
+def cut(function: Callable, rows: int, specs: Callable[..., tuple[Any, Any]]) -> Callable:
+    """Each device computes its own part of `function`; without a mesh that is all of it.
+
+    Args:
+        function: of arrays, some of which have `rows` rows.
+        rows: in all.
+        specs: `(axes of rows, axis of heads)` to the partitions of arguments and results.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     axes = row_axes(mesh, rows)
     if mesh.empty or mesh.size == 1 or not axes:
         return function
-    cut = PartitionSpec(axes)
+    heads = automatic_axes(mesh, HEAD_AXES) or None
+    in_specs, out_specs = specs(axes, heads)
     names = set(automatic_axes(mesh, mesh.axis_names))
-    return jax.shard_map(function, in_specs=cut, out_specs=cut, axis_names=names, check_vma=False)
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
+    )

@@ -10,17 +10,23 @@ Usual paged attention gathers the pages of every row and so copies the cache at 
 readers (a shared page is read once for all of them), and a row then merges the partial softmaxes
 of its pages. Keys lie with their tokens innermost, so that scores are sums over contiguous memory.
 
+Rows and pages are cut over the devices of a mesh alike: a device has pages of its own rows, and
+its part of the table counts both from its own first. So no key or value is ever sent.
+
 Einsum alphabet: R rows, A context pages, Q readers of a context page, N own pages, W tokens of a
 page, E pages of a row, K key/value heads, G query heads of each, H head size.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.models.config import ModelConfig
+from jaxrl_reason.models.mesh import cut
 
 _NEVER = float(jnp.finfo(jnp.float32).min)
 
@@ -35,7 +41,10 @@ class Pages(NamedTuple):
 
 
 class PageTable(NamedTuple):
-    """Who reads what. Indices one past the end stand for none."""
+    """Who reads what. Indices one past the end stand for none.
+
+    Of several devices each has its own part, whose indices begin at 0.
+    """
 
     readers: Int[Array, "A Q"]
     """Rows that read a context page."""
@@ -84,16 +93,31 @@ def write_contexts(
     values: Float[Array, "L B S K H"],
     places: Int[Array, " P"],
 ) -> Pages:
-    """Put rows of prefilled tokens into context pages; piece p of the B S / W goes to places[p]."""
-    size = pages.context_keys[0].shape[-1]
-    heads, width = keys.shape[-2:]
-    cut = lambda x: x.reshape(x.shape[0], -1, size, heads, width)
+    """Put rows of prefilled tokens into context pages; piece p of the B S / W goes to places[p].
+
+    A device puts its own rows into its own pages.
+    """
+
+    def specs(rows, heads):
+        of_pages, of_tokens = PartitionSpec(rows, heads), PartitionSpec(None, rows, None, heads)
+        return (of_pages, of_tokens, of_tokens, PartitionSpec(rows)), of_pages
+
+    context = (pages.context_keys, pages.context_values)
+    write = cut(_write_contexts, keys.shape[1], specs)
+    new_keys, new_values = write(context, keys, values, places)
+    return pages._replace(context_keys=new_keys, context_values=new_values)
+
+
+def _write_contexts(context, keys, values, places):
+    old_keys, old_values = context
+    size, (heads, width) = old_keys[0].shape[-1], keys.shape[-2:]
+    pieces = lambda x: x.reshape(x.shape[0], -1, size, heads, width)
     put = lambda old, new: old.at[places].set(new.astype(old.dtype), mode="drop")
-    layers = range(len(pages.context_keys))
-    new_keys, new_values = cut(keys).transpose(0, 1, 3, 4, 2), cut(values).transpose(0, 1, 3, 2, 4)
-    return pages._replace(
-        context_keys=tuple(put(pages.context_keys[i], new_keys[i]) for i in layers),
-        context_values=tuple(put(pages.context_values[i], new_values[i]) for i in layers),
+    new_keys = pieces(keys).transpose(0, 1, 3, 4, 2)
+    new_values = pieces(values).transpose(0, 1, 3, 2, 4)
+    return (
+        tuple(put(old, new_keys[i]) for i, old in enumerate(old_keys)),
+        tuple(put(old, new_values[i]) for i, old in enumerate(old_values)),
     )
 
 
@@ -122,15 +146,31 @@ def attend_pages(
     Returns:
         The mixed values, and the layer's own keys and values with the token added.
     """
+    own = (pages.own_keys[layer], pages.own_values[layer])
+    context = (pages.context_keys[layer], pages.context_values[layer])
+
+    def specs(rows, heads):
+        of_rows, of_tokens = PartitionSpec(rows), PartitionSpec(rows, None, heads)
+        of_pages = PartitionSpec(rows, heads)
+        tokens = (of_tokens, of_tokens, of_tokens)
+        return (tokens, of_pages, of_pages, of_rows, of_rows), (of_tokens, of_pages)
+
+    attend = cut(functools.partial(_attend, window=window), queries.shape[0], specs)
+    return attend((queries, keys, values), own, context, table, place)
+
+
+def _attend(token, own, context, table: PageTable, place: Place, *, window: int | None):
+    """`attend_pages` of one device."""
+    queries, keys, values = token
     rows, _, heads, width = queries.shape
     kv_heads = keys.shape[2]
-    size = pages.own_keys[layer].shape[-1]
+    size = own[0].shape[-1]
     ahead = (place.before - place.boundary)[:, None] // size
     page = jnp.take_along_axis(table.writing, ahead, axis=1)[:, 0]
     slot = place.before % size
     store = lambda old, at, new: old.at[at].set(new[:, 0].astype(old.dtype), mode="drop")
-    own_keys = store(pages.own_keys[layer], (page, slice(None), slice(None), slot), keys)
-    own_values = store(pages.own_values[layer], (page, slice(None), slot), values)
+    own_keys = store(own[0], (page, slice(None), slice(None), slot), keys)
+    own_values = store(own[1], (page, slice(None), slot), values)
 
     grouped = queries.reshape(rows, kv_heads, heads // kv_heads, width)
     slots = jnp.arange(size, dtype=jnp.int32)[None]
@@ -142,19 +182,16 @@ def attend_pages(
         at = jnp.take(place.positions, table.readers, mode="clip")[..., None]
         first = (table.context_numbers * size)[:, None, None]
         of_context = of_context & (at - (first + slots[None]) < window)
-    own = _answer(
+    of_own_pages = _answer(
         jnp.take(grouped, table.owners[:, None], axis=0, mode="clip"),
         own_keys,
         own_values,
         of_own,
     )
-    context = _answer(
-        jnp.take(grouped, table.readers, axis=0, mode="clip"),
-        pages.context_keys[layer],
-        pages.context_values[layer],
-        of_context,
+    of_context_pages = _answer(
+        jnp.take(grouped, table.readers, axis=0, mode="clip"), *context, of_context
     )
-    parts = jax.tree.map(lambda c, o: jnp.concatenate([c, o]), context, own)
+    parts = jax.tree.map(lambda c, o: jnp.concatenate([c, o]), of_context_pages, of_own_pages)
     mixed = _merge(parts, table.of_row).astype(queries.dtype)
     return mixed.reshape(rows, 1, heads, width), (own_keys, own_values)
 

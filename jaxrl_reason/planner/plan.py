@@ -73,6 +73,13 @@ class StagePlan:
     programs: Sequence[ProgramPlan]
     tokens: int
     """Tokens that a step updates on."""
+    steps: int
+    """Of the whole stage."""
+
+    @property
+    def hours(self) -> float:
+        """Of the whole stage, at least."""
+        return self.steps * self.seconds / 3600
 
     @property
     def memory(self) -> float:
@@ -110,7 +117,13 @@ def plan_stages(
             programs.append(made)
         tokens = sum(round(p.per_step * p.tokens) for p in programs if p.work == "update")
         plans.append(
-            StagePlan(name=stage.name, kind=stage.config.kind, programs=programs, tokens=tokens)
+            StagePlan(
+                name=stage.name,
+                kind=stage.config.kind,
+                programs=programs,
+                tokens=tokens,
+                steps=getattr(stage.config, "steps", 1),  # rejection sampling has a single one
+            )
         )
     return plans
 

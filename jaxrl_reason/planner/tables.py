@@ -77,6 +77,27 @@ def program_cells(program: ProgramPlan) -> list[str]:
     ]
 
 
+def bill(stages: Sequence[StagePlan], topology: Topology, price: float | None) -> str:
+    """How long the stages take at least, and what that costs.
+
+    Args:
+        stages: of the run.
+        topology: of its chips.
+        price: of an hour of a chip; None leaves the sum out.
+    """
+    hours = sum(stage.hours for stage in stages)
+    if not math.isfinite(hours):
+        return "What does not fit takes no time: see above."
+    parts = ", ".join(f"{stage.name} {_hours(stage.hours)}" for stage in stages)
+    chip_hours = hours * len(topology.devices)
+    text = f"All steps take {_hours(hours)} or more ({parts}): {chip_hours:,.3g} chip-hours"
+    return text if price is None else f"{text}, {chip_hours * price:,.2f} at {price:g} each"
+
+
+def _hours(value: float) -> str:
+    return f"{value:.1f} h" if value >= 1 else f"{60 * value:.1f} min"
+
+
 def notes(stages: Sequence[StagePlan]) -> list[str]:
     """What the numbers leave out."""
     costs = [p.cost for stage in stages for p in stage.programs if p.cost is not None]
@@ -121,6 +142,8 @@ def _stage(stage: StagePlan, topology: Topology) -> dict[str, Any]:
         "memory": stage.memory,
         "seconds": stage.seconds if math.isfinite(stage.seconds) else None,
         "tokens": stage.tokens,
+        "steps": stage.steps,
+        "hours": stage.hours if math.isfinite(stage.hours) else None,
         "programs": [_program(program) for program in stage.programs],
     }
 

@@ -4,6 +4,7 @@ import dataclasses
 import heapq
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from jaxrl_reason.models import PageTable
@@ -44,6 +45,8 @@ class Row:
     """Its longest length in tokens."""
     last: int
     """Last token, not yet in the pages."""
+    part: "Part"
+    """Where it is."""
     context: Context
     pages: list[int]
     before: int = 0
@@ -62,115 +65,105 @@ class Move(NamedTuple):
     own: np.ndarray
 
 
-class Batch:
-    """Rows and pages at one level, with a number of own pages."""
+class Part:
+    """The rows and pages of one device; it reads no other's."""
 
-    def __init__(self, level: Level, own_pages: int, page_size: int, pages_per_row: int):
-        self.level = level
-        self.own_pages = own_pages
-        self.rows: list[Row | None] = [None] * level.rows
+    def __init__(self, number: int, level: Level, own_pages: int, page_size: int):
+        self.number = number
+        self.level = level.of_device
+        self.own_pages = own_pages // level.devices
+        self.rows: list[Row | None] = [None] * self.level.rows
         self.fresh: list[Context] = []
         """Contexts that are not yet prefilled."""
+        self.contexts: dict[tuple[tuple[int, ...], Shown | None], list[Context]] = {}
+        self.free_context = list(range(self.level.context_pages))
+        self.free_own = list(range(self.own_pages))
         self._page_size = page_size
-        self._pages_per_row = pages_per_row
-        self._contexts: dict[tuple[tuple[int, ...], Shown | None], list[Context]] = {}
-        self._free_context = list(range(level.context_pages))
-        self._free_own = list(range(own_pages))
 
     @property
     def live(self) -> list[Row]:
         """The completions in flight."""
         return [row for row in self.rows if row is not None]
 
-    @property
-    def used_pages(self) -> tuple[int, int]:
-        """Context pages and own pages that hold something."""
-        return (
-            self.level.context_pages - len(self._free_context),
-            self.own_pages - len(self._free_own),
-        )
+    def has_place(self, tokens: tuple[int, ...], shown: Shown | None) -> bool:
+        """Whether one more row could read a context that is there already."""
+        contexts = self.contexts.get((tokens, shown), [])
+        return None in self.rows and any(None in context.readers for context in contexts)
 
-    def admit(self, progress: Completion, limit: int) -> bool:
-        """Give a completion a row and a context; false if there is no room now."""
-        if None not in self.rows:
-            return False
-        known = (*progress.request.prompt, *progress.tokens.tolist())
-        context = self._context(known[:-1], progress.request.shown)
-        if context is None:
-            return False
-        row = Row(progress, limit, known[-1], context, [])
-        context.readers[context.readers.index(None)] = row
-        self.rows[self.rows.index(None)] = row
-        return True
-
-    def _context(self, tokens: tuple[int, ...], shown: Shown | None) -> Context | None:
+    def context(self, tokens: tuple[int, ...], shown: Shown | None) -> Context | None:
         """A context of these tokens with a free place, made if need be."""
-        contexts = self._contexts.setdefault((tokens, shown), [])
+        contexts = self.contexts.setdefault((tokens, shown), [])
         for context in contexts:
             if None in context.readers:
                 return context
         count = -(-len(tokens) // self._page_size)
-        if count > len(self._free_context):
+        if count > len(self.free_context):
             return None
-        pages = [heapq.heappop(self._free_context) for _ in range(count)]
+        pages = [heapq.heappop(self.free_context) for _ in range(count)]
         context = Context(tokens, shown, pages, [None] * self.level.readers)
         contexts.append(context)
         self.fresh.append(context)
         return context
 
+    def put(self, row: Row) -> None:
+        """Let a row in that has been given a context here."""
+        row.context.readers[row.context.readers.index(None)] = row
+        self.rows[self.rows.index(None)] = row
+
     def release(self, row: Row) -> None:
         """Take a completion out, and give back what only it used."""
         self.rows[self.rows.index(row)] = None
         for page in row.pages:
-            heapq.heappush(self._free_own, page)
+            heapq.heappush(self.free_own, page)
         context = row.context
         context.readers[context.readers.index(row)] = None
         if not any(context.readers):
             for page in context.pages:
-                heapq.heappush(self._free_context, page)
-            self._contexts[context.tokens, context.shown].remove(context)
+                heapq.heappush(self.free_context, page)
+            self.contexts[context.tokens, context.shown].remove(context)
             if context in self.fresh:
                 self.fresh.remove(context)
 
+    def pages_of(self, row: Row, steps: int) -> int:
+        """Own pages of a row after so many more tokens."""
+        return -(-(row.before + min(steps, row.remaining)) // self._page_size)
+
     def missing_pages(self, steps: int) -> int:
         """Own pages that all rows need for so many more tokens, those they have included."""
-        return sum(max(len(row.pages), self._pages(row, steps)) for row in self.live)
-
-    def _pages(self, row: Row, steps: int) -> int:
-        return -(-(row.before + min(steps, row.remaining)) // self._page_size)
+        return sum(max(len(row.pages), self.pages_of(row, steps)) for row in self.live)
 
     def reserve(self, steps: int) -> None:
         """Give every row the pages for so many more tokens; there must be enough."""
         for row in self.live:
-            while len(row.pages) < self._pages(row, steps):
-                row.pages.append(heapq.heappop(self._free_own))
+            while len(row.pages) < self.pages_of(row, steps):
+                row.pages.append(heapq.heappop(self.free_own))
 
-    def moved(self, level: Level, own_pages: int) -> tuple["Batch", Move] | None:
-        """The same completions at another level, or None if their contexts do not fit there."""
-        new = Batch(level, own_pages, self._page_size, self._pages_per_row)
-        context_at = np.full(level.context_pages, self.level.context_pages, np.int32)
-        own_at = np.full(own_pages, self.own_pages, np.int32)
+    def move_to(self, new: "Part") -> Move | None:
+        """Put the same completions into another part, or None if they do not fit there."""
+        context_at = np.full(new.level.context_pages, self.level.context_pages, np.int32)
+        own_at = np.full(new.own_pages, self.own_pages, np.int32)
         source: dict[Context, Context] = {}
+        if len(self.live) > new.level.rows:
+            return None
         for row in self.live:
-            context = new._context(row.context.tokens, row.context.shown)
+            context = new.context(row.context.tokens, row.context.shown)
             if context is None:
                 return None
             source.setdefault(context, row.context)
-            copy = dataclasses.replace(row, context=context, pages=[])
+            copy = dataclasses.replace(row, part=new, context=context, pages=[])
             for page in row.pages:
-                copy.pages.append(heapq.heappop(new._free_own))
+                copy.pages.append(heapq.heappop(new.free_own))
                 own_at[copy.pages[-1]] = page
-            context.readers[context.readers.index(None)] = copy
-            new.rows[new.rows.index(None)] = copy
+            new.put(copy)
         for context, old in source.items():
             context_at[context.pages] = old.pages
-        # Contexts that wait for their prefill wait in the new batch too.
+        # Contexts that wait for their prefill wait in the new part too.
         waiting = set(map(id, self.fresh))
         new.fresh = [context for context, old in source.items() if id(old) in waiting]
-        return new, Move(context_at, own_at)
+        return Move(context_at, own_at)
 
-    def arrays(self) -> tuple[Rows, PageTable]:
-        """What the next dispatch is told, on the host."""
+    def arrays(self, pages_per_row: int) -> tuple[Rows, PageTable]:
+        """What the next dispatch is told about this part, with indices within it."""
         level, size = self.level, self._page_size
         first_own = level.context_pages * level.readers
         zeros = lambda: np.zeros(level.rows, np.int32)
@@ -181,7 +174,7 @@ class Batch:
             context_numbers=np.zeros(level.context_pages, np.int32),
             owners=np.full(self.own_pages, level.rows, np.int32),
             numbers=np.zeros(self.own_pages, np.int32),
-            of_row=np.full((level.rows, self._pages_per_row), first_own + self.own_pages, np.int32),
+            of_row=np.full((level.rows, pages_per_row), first_own + self.own_pages, np.int32),
             writing=np.full((level.rows, 2), self.own_pages, np.int32),
         )
         for r, row in enumerate(self.rows):
@@ -203,13 +196,84 @@ class Batch:
             table.of_row[r, : len(pages)] = pages
             writing = row.pages[current : current + 2]
             table.writing[r, : len(writing)] = writing
-        for contexts in self._contexts.values():
+        for contexts in self.contexts.values():
             for context in contexts:
                 numbers = np.arange(len(context.pages))
                 filled = len(context.tokens) - numbers * size
                 table.context_numbers[context.pages] = numbers
                 table.context_tokens[context.pages] = np.minimum(filled, size)
         return rows, table
+
+
+class Batch:
+    """Rows and pages at one level, with a number of own pages, in a part for each device."""
+
+    def __init__(self, level: Level, own_pages: int, page_size: int, pages_per_row: int):
+        self.level = level
+        self.own_pages = own_pages
+        self.parts = [Part(d, level, own_pages, page_size) for d in range(level.devices)]
+        self._page_size = page_size
+        self._pages_per_row = pages_per_row
+
+    @property
+    def rows(self) -> list[Row | None]:
+        """Of all parts, in the order of the arrays."""
+        return [row for part in self.parts for row in part.rows]
+
+    @property
+    def live(self) -> list[Row]:
+        """The completions in flight."""
+        return [row for part in self.parts for row in part.live]
+
+    @property
+    def most_live(self) -> int:
+        """Completions of the fullest part."""
+        return max(len(part.live) for part in self.parts)
+
+    @property
+    def used_pages(self) -> tuple[int, int]:
+        """Context pages and own pages that hold something."""
+        free_context = sum(len(part.free_context) for part in self.parts)
+        free_own = sum(len(part.free_own) for part in self.parts)
+        return self.level.context_pages - free_context, self.own_pages - free_own
+
+    def admit(self, progress: Completion, limit: int) -> bool:
+        """Give a completion a row and a context; false if there is no room now.
+
+        It goes where its context is, otherwise to the emptiest part.
+        """
+        known = (*progress.request.prompt, *progress.tokens.tolist())
+        of = (known[:-1], progress.request.shown)
+        emptiest = lambda part: (not part.has_place(*of), len(part.live), part.number)
+        for part in sorted(self.parts, key=emptiest):
+            if None in part.rows and (context := part.context(*of)) is not None:
+                part.put(Row(progress, limit, known[-1], part, context, []))
+                return True
+        return False
+
+    def missing_pages(self, steps: int) -> int:
+        """Own pages that the batch must have for so many more tokens, as many in every part."""
+        return len(self.parts) * max(part.missing_pages(steps) for part in self.parts)
+
+    def reserve(self, steps: int) -> None:
+        """Give every row the pages for so many more tokens; there must be enough."""
+        for part in self.parts:
+            part.reserve(steps)
+
+    def moved(self, level: Level, own_pages: int) -> tuple["Batch", Move] | None:
+        """The same completions at another level, or None if they do not fit there."""
+        new = Batch(level, own_pages, self._page_size, self._pages_per_row)
+        moves = []
+        for old, part in zip(self.parts, new.parts, strict=True):
+            if (move := old.move_to(part)) is None:
+                return None
+            moves.append(move)
+        return new, Move(*(np.concatenate(at) for at in zip(*moves, strict=True)))
+
+    def arrays(self) -> tuple[Rows, PageTable]:
+        """What the next dispatch is told, on the host."""
+        parts = [part.arrays(self._pages_per_row) for part in self.parts]
+        return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
     def bias(self, size: int) -> LogitBias | None:
         """The logit biases of the rows; None when there is none."""

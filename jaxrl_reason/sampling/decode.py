@@ -57,6 +57,8 @@ class Dispatch(NamedTuple):
     steps: Int[Array, ""]
     enough: Int[Array, ""]
     """The steps end when this many rows or fewer are live, so that the host can act."""
+    enough_of_each: Int[Array, ""]
+    """And when no device has more live rows than this."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,8 @@ class DecodeOptions:
     sampling: SamplingConfig
     stop_ids: tuple[int, ...]
     """A completion ends with any of them."""
+    devices: int
+    """Over which the rows are cut."""
     unstack: bool
     """Take the layers out of their stack once a dispatch: faster where a step would copy them, and
     for the time of the dispatch a second copy of the layers' parameters."""
@@ -101,8 +105,9 @@ def decode(
 
     def unfinished(carry):
         drawn, _, _, live = carry
-        busy = jnp.sum(live.astype(jnp.int32)) > dispatch.enough
-        return (drawn.steps < dispatch.steps) & busy
+        of_each = jnp.sum(live.reshape(options.devices, -1).astype(jnp.int32), axis=1)
+        busy = jnp.sum(of_each) > dispatch.enough
+        return (drawn.steps < dispatch.steps) & busy & (jnp.max(of_each) > dispatch.enough_of_each)
 
     def one(carry):
         drawn, last, pages, live = carry

@@ -17,6 +17,7 @@ from jaxrl_reason.sampling.batch import Batch, Prefill, RowShape
 from jaxrl_reason.sampling.decode import DecodeOptions, Dispatch, Drawn, decode, prefill
 from jaxrl_reason.sampling.filters import SamplingConfig
 from jaxrl_reason.sampling.shapes import Level, Programs, make_levels, named
+from jaxrl_reason.sharding import put
 
 FEWEST_ROWS = 8
 PREFILL_TOKENS = 8192
@@ -71,6 +72,7 @@ class Device:
             most_steps=self.most_steps,
             sampling=self.sampling,
             stop_ids=self.stop_ids,
+            devices=self.devices,
             unstack=self.mesh.devices.flat[0].platform == "cpu",
         )
 
@@ -100,7 +102,7 @@ class Device:
             pages_per_context=self.pages(self.max_prompt_length - 1),
             longest_context=self.pages(self.most_tokens),
             pages_per_row=self.pages(self.max_completion_length),
-            multiple=self.devices,
+            devices=self.devices,
             fewest_rows=FEWEST_ROWS,
         )
 
@@ -177,12 +179,11 @@ class Device:
         self, params: Params, level: Level, pages: Pages, dispatch: Dispatch
     ) -> tuple[Drawn, Pages]:
         """`decode` by its compiled program; `pages` are donated."""
+        dispatch = self._put(dispatch, self._dispatch_sharding)
         return self.decode_program(params, level, pages, dispatch)(params, pages, dispatch)
 
     def decode_program(self, params: Params, level: Level, pages: Pages, dispatch: Dispatch):
         """`decode` for arguments of these shapes."""
-        by_row = NamedSharding(self.mesh, PartitionSpec(self._row_axes))
-        whole = self._replicated
 
         def lower():
             function = jax.jit(
@@ -190,9 +191,9 @@ class Device:
                 in_shardings=(
                     None,
                     self._page_sharding,
-                    Dispatch(by_row, whole, whole, whole, whole, whole),
+                    self._dispatch_sharding,
                 ),
-                out_shardings=(whole, self._page_sharding),
+                out_shardings=(self._replicated, self._page_sharding),
                 donate_argnums=1,
             )
             with jax.set_mesh(self.mesh):  # experts are cut over it
@@ -206,6 +207,7 @@ class Device:
     def run_prefill(self, params: Params, pages: Pages, group: Prefill) -> Pages:
         """`prefill` by its compiled program; `pages` are donated."""
         context = pages._replace(own_keys=(), own_values=())
+        group = self._put(group, self._by_row)
         written = self.prefill_program(params, context, group)(params, context, *group)
         return written._replace(own_keys=pages.own_keys, own_values=pages.own_values)
 
@@ -213,14 +215,12 @@ class Device:
         """`prefill` for arguments of these shapes; pages without own ones."""
         sharding = self._page_sharding._replace(own_keys=None, own_values=None)
         rows, length = group.tokens.shape
-        by_row = self._replicated
-        if rows % self.devices == 0:
-            by_row = NamedSharding(self.mesh, PartitionSpec(self._row_axes))
+        by_row = self._by_row
 
         def lower():
             function = jax.jit(
                 named("prefill", functools.partial(prefill, self.model)),
-                in_shardings=(None, sharding, by_row, by_row, by_row, self._replicated, by_row),
+                in_shardings=(None, sharding, by_row, by_row, by_row, by_row, by_row),
                 out_shardings=sharding,
                 donate_argnums=1,
             )
@@ -233,18 +233,23 @@ class Device:
     def run_move(self, pages: Pages, context: np.ndarray, own: np.ndarray) -> Pages:
         """The pages with these indices, in this order; an index past the end gives an empty page.
 
-        Array by array, because sizes of the two kinds would otherwise multiply to many programs.
+        Indices are those of each device's own pages. Array by array, because sizes of the two kinds
+        would otherwise multiply to many programs.
         """
         indices = Pages(context, context, own, own)
+        indices = self._put(indices, self._by_row)
         moved = lambda array, at: self.move_program(array, at)(array, at)
         each = lambda arrays, at: tuple(moved(array, at) for array in arrays)
         return Pages(*map(each, pages, indices))
 
     def move_program(self, array, at: np.ndarray):
-        """`jnp.take` for arguments of these shapes."""
-        take = named("move", functools.partial(jnp.take, axis=0, mode="fill", fill_value=0))
-        sharding = self._page_sharding.own_keys
-        lower = lambda: jax.jit(take, out_shardings=sharding).lower(array, at)
+        """`jnp.take` on every device, for arguments of these shapes."""
+        take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
+        of_pages, of_indices = self._page_sharding.own_keys.spec, PartitionSpec(self._row_axes)
+        each = jax.shard_map(
+            take, mesh=self.mesh, in_specs=(of_pages, of_indices), out_specs=of_pages
+        )
+        lower = lambda: jax.jit(named("move", each)).lower(array, at)
         return self.programs.get(("move", *array.shape, len(at)), lower)
 
     def row_shape(self, length: int, none: int) -> RowShape:
@@ -257,9 +262,10 @@ class Device:
 
     @property
     def prefill_sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Numbers of rows, and lengths of a row, that contexts are prefilled in."""
+        """Numbers of rows of a device, and lengths of a row, that contexts are prefilled in."""
         lengths = {self.pages(max(1, self.max_prompt_length - 1)), self.pages(self.most_tokens)}
-        rows, most = [1], max(1, min(self.max_rows, PREFILL_TOKENS // self.most_tokens))
+        of_device = -(-self.max_rows // self.devices)
+        rows, most = [1], max(1, min(of_device, PREFILL_TOKENS // self.most_tokens))
         while rows[-1] < most:
             rows.append(2 * rows[-1])
         return tuple(rows), tuple(sorted(n * self.page_size for n in lengths))
@@ -267,6 +273,19 @@ class Device:
     @functools.cached_property
     def _replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+    @functools.cached_property
+    def _by_row(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(self._row_axes))
+
+    @property
+    def _dispatch_sharding(self) -> Dispatch:
+        by_row, whole = self._by_row, self._replicated
+        return Dispatch(by_row, by_row, by_row, whole, whole, whole, whole)
+
+    def _put(self, tree, sharding):
+        """What programs of several processes are given; one process gives host arrays."""
+        return tree if jax.process_count() == 1 else put(tree, sharding)
 
     @functools.cached_property
     def _page_sharding(self) -> Pages:

@@ -54,7 +54,7 @@ class Engine(Device):
         """
         before = self.programs.compiled
         params = self.place(params)
-        idle = (None, jax.random.key(0), np.int32(0), np.int32(0))
+        idle = (None, jax.random.key(0), *(np.int32(0),) * 3)
         sizes = [(level, own) for level in self.levels for own in level.own_pages]
         for level, own in sizes:
             pages = self.pages_like(level, own)
@@ -70,7 +70,8 @@ class Engine(Device):
             context = self.pages_like(level, 0)._replace(own_keys=(), own_values=())
             for count in self.prefill_sizes[0]:
                 for length in self.prefill_sizes[1]:
-                    group = self.row_shape(length, level.context_pages).empty(count)
+                    shape = self.row_shape(length, level.of_device.context_pages)
+                    group = shape.empty(count * self.devices)
                     self.prefill_program(params, context, group)
         self.programs.warm = True
         return self.programs.compiled - before

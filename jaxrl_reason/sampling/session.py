@@ -160,7 +160,7 @@ class Session:
             bias=batch.bias(BIASED_TOKENS),
             key=self._key,
             steps=np.int32(steps),
-            enough=np.int32(self._enough()),
+            **self._enough(),
         )
         drawn, self._pages = self._engine.run_decode(
             self._params, batch.level, self._pages, dispatch
@@ -195,8 +195,10 @@ class Session:
                 return
 
     def _move(self, level: Level) -> bool:
-        own = self._own_pages(level, self._batch.missing_pages(0))
-        moved = self._batch.moved(level, own)
+        need = self._batch.missing_pages(0)
+        moved = None
+        if need <= level.own_pages[-1]:
+            moved = self._batch.moved(level, level.least_own_pages(need))
         if moved is None:
             return False
         self._batch, (context_at, own_at) = moved
@@ -208,13 +210,11 @@ class Session:
         """Have enough pages for the next tokens."""
         need = self._batch.missing_pages(steps)
         if need > self._batch.own_pages:
-            own = self._own_pages(self._batch.level, need)
-            self._batch, (context_at, own_at) = self._batch.moved(self._batch.level, own)
+            level = self._batch.level
+            own = level.least_own_pages(need)
+            self._batch, (context_at, own_at) = self._batch.moved(level, own)
             self._pages = self._engine.run_move(self._pages, context_at, own_at)
             self._counts["moves"] += 1
-
-    def _own_pages(self, level: Level, need: int) -> int:
-        return next(n for n in level.own_pages if n >= need)
 
     def _admit(self) -> None:
         """Give waiting requests their rows, in order, and prefill their contexts."""
@@ -222,32 +222,39 @@ class Session:
             self._waiting[0], self._limit(self._waiting[0].request)
         ):
             self._waiting.popleft()
-        engine, fresh = self._engine, self._batch.fresh
-        none = self._batch.level.context_pages
+        engine, parts = self._engine, self._batch.parts
+        none = self._batch.level.of_device.context_pages
         counts, lengths = engine.prefill_sizes
+        fresh = [part.fresh for part in parts]
         for length in lengths:
             shape = engine.row_shape(length, none)
-            fresh, rows = pack_contexts(fresh, shape)
-            while rows:
-                count = next((n for n in counts if n >= len(rows)), counts[-1])
-                empty = [shape.empty(1)] * (count - len(rows))
-                group = jax.tree.map(lambda *x: np.concatenate(x), *rows[:count], *empty)
+            packed = [pack_contexts(contexts, shape) for contexts in fresh]
+            fresh, rows = zip(*packed, strict=True)
+            while most := max(map(len, rows)):
+                count = next((n for n in counts if n >= most), counts[-1])
+                filled = [[*own[:count], *[shape.empty(1)] * (count - len(own))] for own in rows]
+                together = [row for own in filled for row in own]
+                group = jax.tree.map(lambda *x: np.concatenate(x), *together)
                 self._pages = engine.run_prefill(self._params, self._pages, group)
                 used = int(np.count_nonzero(group.segment_ids))
                 self._counts["prefill_tokens"] += used
                 self._counts["prefill_padding"] += group.tokens.size - used
-                rows = rows[count:]
-        self._batch.fresh = []
+                rows = [own[count:] for own in rows]
+        for part in parts:
+            part.fresh = []
 
-    def _enough(self) -> int:
+    def _enough(self) -> dict[str, np.int32]:
         """How few live rows end a dispatch early: when others may enter, or fewer arrays do."""
-        live = len(self._batch.live)
+        batch = self._batch
+        live, most = len(batch.live), batch.most_live
         if self._waiting:
-            return live - max(1, self._batch.level.rows // 8)
-        smaller = [n.rows for n in self._engine.levels if n.rows < self._batch.level.rows]
-        if not smaller:
-            return 0
-        return smaller[0] if live > smaller[0] else live - 1
+            enough, of_each = live - max(1, batch.level.rows // 8), 0
+        else:
+            smaller = [n.of_device.rows for n in self._engine.levels if n.rows < batch.level.rows]
+            enough, of_each = 0, 0
+            if smaller:
+                of_each = smaller[0] if most > smaller[0] else most - 1
+        return {"enough": np.int32(enough), "enough_of_each": np.int32(of_each)}
 
     def _collect(
         self, row: Row, tokens: np.ndarray, logprobs: np.ndarray, kept_logmass: np.ndarray
@@ -267,7 +274,7 @@ class Session:
             self._end(row, row.progress.ended("length"))
 
     def _end(self, row: Row, completion: Completion) -> None:
-        self._batch.release(row)
+        row.part.release(row)
         self._ended.append(completion)
 
     def _stop_string(self, progress: Completion, new: int) -> tuple[int, bool]:

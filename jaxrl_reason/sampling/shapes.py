@@ -36,6 +36,23 @@ class Level:
     """Rows that may read one context page; a context with more has copies."""
     own_pages: tuple[int, ...]
     """The numbers of own pages to choose from, ascending."""
+    devices: int
+    """Devices over which rows and pages are cut, all alike."""
+
+    def least_own_pages(self, need: int) -> int:
+        """The smallest number of own pages that is enough."""
+        return min(pages for pages in self.own_pages if pages >= need)
+
+    @property
+    def of_device(self) -> "Level":
+        """Those of one device."""
+        return Level(
+            rows=self.rows // self.devices,
+            context_pages=self.context_pages // self.devices,
+            readers=self.readers,
+            own_pages=tuple(pages // self.devices for pages in self.own_pages),
+            devices=1,
+        )
 
 
 def make_levels(
@@ -46,7 +63,7 @@ def make_levels(
     pages_per_context: int,
     longest_context: int,
     pages_per_row: int,
-    multiple: int,
+    devices: int,
     fewest_rows: int,
 ) -> tuple[Level, ...]:
     """From the largest down; each has half the rows of the one before.
@@ -58,23 +75,25 @@ def make_levels(
         pages_per_context: of the longest prompt.
         longest_context: pages of the longest prompt with the longest completion, to be resumed.
         pages_per_row: own pages of the longest completion.
-        multiple: sizes are multiples of it, so that they divide over the devices.
+        devices: over which rows and pages are cut; each has room for the longest context.
         fewest_rows: rows of the smallest level.
     """
-    up = lambda n: -(-n // multiple) * multiple
+    up = lambda n: -(-n // devices) * devices
     most = up(rows)
     levels, size = [], most
     while True:
         of_row = [1]
         while of_row[-1] < pages_per_row:
             of_row.append(min(2 * of_row[-1], pages_per_row))
+        of_device = min(up(contexts), size) // devices
         levels.append(
             Level(
                 rows=size,
-                context_pages=up(max(longest_context, min(contexts, size) * pages_per_context)),
+                context_pages=devices * max(longest_context, of_device * pages_per_context),
                 # Few are left of each group when few rows are left.
                 readers=min(group_size, max(1, 2 * size * group_size // most)),
                 own_pages=tuple(size * n for n in of_row),
+                devices=devices,
             )
         )
         if up(size // 2) == size or size // 2 < fewest_rows:

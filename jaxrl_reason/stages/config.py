@@ -157,6 +157,9 @@ class RunConfig(Config):
     """Seconds after which a step that still runs ends the process, with the stacks of all threads
     and exit code 1, so that a launcher starts it again. The first step of a start, which compiles,
     has ten times as long. Null: never."""
+    nonfinite_limit: Positive = 10
+    """Updates in a row whose loss or gradient is not finite, and which are skipped, after which a
+    stage ends. The last one's batch is then in its folder."""
     evaluation: EvaluationConfig
     """Evaluation of every stage."""
     tracking: TrackingConfig = TrackingConfig()

@@ -15,7 +15,7 @@ import numpy as np
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.objectives import gram_matrix, min_norm_weights
-from jaxrl_reason.sharding import OnMesh
+from jaxrl_reason.sharding import OnMesh, replicated
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import policy_objective, policy_rows
 from jaxrl_reason.stages.policy_config import MORLConfig
@@ -49,7 +49,10 @@ class Conflict:
             return OnMesh(jitted, context.mesh)
 
         self._gradient_of = context.shared.get(make, "policy_gradient", options)
-        self._gram_of = jax.jit(lambda *trees: gram_matrix(jax.tree.map(_stacked, *trees)))
+        self._gram_of = jax.jit(
+            lambda *trees: gram_matrix(jax.tree.map(_stacked, *trees)),
+            out_shardings=replicated(context.mesh),
+        )
 
     def look(
         self, params: Params, step: int, batch: Batch, advantages: np.ndarray

@@ -12,15 +12,17 @@ import jax
 import numpy as np
 
 from jaxrl_reason.config import hash_json
-from jaxrl_reason.data.batching import fill_rows, microbatches, step_indices
+from jaxrl_reason.data.batching import fill_rows, step_indices
 from jaxrl_reason.data.records import load_records, write_jsonl
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch
+from jaxrl_reason.processes import from_first
+from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch, replicated
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import FileData, SampledPairs
 from jaxrl_reason.stages.encoding import file_records
 from jaxrl_reason.stages.groups import sample_groups
 from jaxrl_reason.stages.made_rows import Made, Pair, made_rows, pair_of
+from jaxrl_reason.stages.placed_rows import place_rows
 from jaxrl_reason.stages.stage_config import DPOConfig
 from jaxrl_reason.stages.training import (
     StepResult,
@@ -53,17 +55,16 @@ def run_dpo(stage: Stage) -> None:
     optimizer = stage_optimizer(stage)
     update = preference_update(stage)
 
+    def fill(numbers):
+        batch = pair_rows(stage, [pairs[i] for i in numbers], length, num_patches)
+        return batch if reference is None else batch | {"ref_logprobs": reference[numbers]}
+
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(pairs), batch_size=config.batch_size)
-        batch = pair_rows(stage, [pairs[i] for i in chosen], length, num_patches)
-        num_tokens = int((batch["segment_ids"] > 0).sum())
-        if reference is not None:
-            batch["ref_logprobs"] = reference[chosen]
-        cut = microbatches(batch, count)
-        state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
-        counted = int(batch["completion_mask"].sum())
-        told = {"padding_share": 1 - num_tokens / batch["tokens"].size}
-        return StepResult(state, [metrics], told, num_tokens, counted, cut["tokens"].shape)
+        placed = place_rows(stage.context.mesh, chosen, fill, count)
+        state, metrics = update(state, placed.batch)
+        told = {"padding_share": placed.padding_share}
+        return StepResult(state, [metrics], told, placed.num_tokens, placed.counted, placed.batch)
 
     show = ("loss", "rewards/accuracies", "rewards/margins")
     data_hash = hash_json([[example.identity for example in pair] for pair in pairs])
@@ -122,8 +123,9 @@ def encode_pair(stage: Stage, row: dict[str, Any]) -> Pair:
 def _sampled_rows(stage: Stage) -> list[Made]:
     # Named after what made it: another configuration must not find these pairs.
     path = stage.directory / f"pairs-{stage.hash}.jsonl"
-    if not path.exists():
-        write_jsonl(path, sampled_pairs(stage))
+    if not from_first(path.exists):
+        rows = sampled_pairs(stage)
+        from_first(lambda: write_jsonl(path, rows))
     problems = stage.problems(0, stage.config.data.num_prompts)
     return [Made(problems[r.row["problem"]], r.row, r.where) for r in load_records(path)]
 
@@ -179,7 +181,7 @@ def pair_program(stage: Stage) -> OnMesh:
     def sums(params, batch):
         return pair_logprobs(context.model, params, batch, logprob_chunk_size=chunk)[0]
 
-    return OnMesh(jax.jit(sums), context.mesh)
+    return OnMesh(jax.jit(sums, out_shardings=replicated(context.mesh)), context.mesh)
 
 
 def reference_rows(stage: Stage) -> int:

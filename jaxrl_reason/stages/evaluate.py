@@ -15,6 +15,7 @@ from jaxrl_reason.data.records import write_jsonl
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Params
 from jaxrl_reason.plugins import load_object
+from jaxrl_reason.processes import from_first
 from jaxrl_reason.sampling import sample
 from jaxrl_reason.stages.config import EvaluationConfig, EvaluationSet, RunConfig
 from jaxrl_reason.stages.context import Context
@@ -37,18 +38,27 @@ def evaluate(
         accuracy by difficulty, measures, the results of further sets, ...) and one row a problem
         of the main set with prompt, completion, verdict and rewards.
     """
+    sets = {"": EvaluationSet(), **config.sets}
+    answers = {name: _answers(context, params, config, chosen) for name, chosen in sets.items()}
+    # Rewards and measures may ask others than this program, so one process does.
+    return from_first(lambda: _judged(context, config, answers))
+
+
+def _judged(
+    context: Context, config: EvaluationConfig, answers: Mapping[str, "list[_Answer]"]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The result and the rows; of `answers`, those of the main set have no name."""
     measures = {name: load_object(where, "measure") for name, where in config.measures.items()}
-    answers = _answers(context, params, config, EvaluationSet())
-    rewards = _rewards(context, [answer.read for answer in answers])
+    rewards = _rewards(context, [answer.read for answer in answers[""]])
     rows = [
         _row(answer, measures) | {"rewards": given}
-        for answer, given in zip(answers, rewards, strict=True)
+        for answer, given in zip(answers[""], rewards, strict=True)
     ]
     result = summarize(rows)
     if config.sets:
         result["sets"] = {
-            name: summarize([_row(a, measures) for a in _answers(context, params, config, chosen)])
-            for name, chosen in config.sets.items()
+            name: summarize([_row(answer, measures) for answer in answers[name]])
+            for name in config.sets
         }
     return result, rows
 

@@ -18,7 +18,7 @@ from jaxrl_reason.data.vision import VisionRow
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.sampling import Shown
-from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch
+from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch, replicated
 from jaxrl_reason.stages.encoding import Prompt
 from jaxrl_reason.stages.policy_rows import Sight
 
@@ -48,7 +48,8 @@ class Eyes:
 
     def __init__(self, model: Model, mesh: Mesh, visual_tokens: int):
         self._model, self._mesh, self._most = model, mesh, visual_tokens
-        self.program = OnMesh(jax.jit(model.visual_features), mesh)
+        encode = jax.jit(model.visual_features, out_shardings=replicated(mesh))
+        self.program = OnMesh(encode, mesh)
         """`(params, arrays of patches)` to features."""
         vision = jax.eval_shape(model.init, jax.random.key(0))["vision"]
         trains = trainable(model.config)

@@ -125,7 +125,7 @@ def train_policy(
                 metrics,
                 num_tokens=batch.num_tokens,
                 counted_tokens=batch.counted_tokens,
-                shape=placed["tokens"].shape,
+                batch=placed,
                 advantages=advantages,
             )
 

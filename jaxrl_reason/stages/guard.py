@@ -46,12 +46,15 @@ class Guard:
         self._guard_steps = 0 if policy is None else policy.guard_steps
         self._counts = {kind: saved["counts"].get(kind, 0) for kind in kinds}
         self._steps_without_advantage = saved["steps_without_advantage"]
+        self.nonfinite_in_a_row = saved.get("nonfinite_in_a_row", 0)
+        """Updates that were skipped since the last that was not."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""
         return {
             "counts": dict(self._counts),
             "steps_without_advantage": self._steps_without_advantage,
+            "nonfinite_in_a_row": self.nonfinite_in_a_row,
         }
 
     def look(
@@ -93,7 +96,10 @@ class Guard:
         now = updates[number]
         which = f"update {number + 1} of {len(updates)}" if len(updates) > 1 else "the update"
         loss, norm = float(now["loss"]), float(now["grad_norm"])
-        if not math.isfinite(loss) or float(now["nonfinite_steps"]):
+        self.nonfinite_in_a_row += 1
+        if math.isfinite(loss) and not float(now["nonfinite_steps"]):
+            self.nonfinite_in_a_row = 0
+        else:
             seen = f"{which} had loss {loss:g} and gradient norm {norm:g}"
             self._found(step, "nonfinite_loss", seen, _SKIPPED)
         # Written so that NaN is found.

@@ -12,6 +12,7 @@ from jaxrl_reason.data.batching import Example
 from jaxrl_reason.data.records import load_records
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.plugins import load_object
+from jaxrl_reason.processes import from_first
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import PythonData, StageData
 from jaxrl_reason.tasks import Problem
@@ -104,7 +105,10 @@ def call_builder(
 def _written(stage: Stage, data: PythonData, kind: str) -> list[Made]:
     problems = stage.problems(0, data.num_examples)
     task = stage.context.tasks.named(data.problems.task)
-    rows = call_builder(data.function, (task, problems), stage.seed, data.options)
+    # A function may ask others than this program, so one process calls it.
+    rows = from_first(
+        lambda: call_builder(data.function, (task, problems), stage.seed, data.options)
+    )
     checked = checked_rows(rows, problems, data.function, [kind])
     return [
         Made(problems[row["problem"]], row, f"{data.function}, row {number}")

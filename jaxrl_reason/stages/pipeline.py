@@ -4,6 +4,8 @@ A stage that is complete is skipped; one that was interrupted goes on from its l
 was made with another configuration is never overwritten.
 """
 
+import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,7 @@ from jaxrl_reason.config import hash_json, load_yaml, to_json
 from jaxrl_reason.data.tokenizer import save_tokenizer
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.plugins import load_object
+from jaxrl_reason.processes import from_first, is_first, wait
 from jaxrl_reason.stages.config import RunConfig, other_stage
 from jaxrl_reason.stages.context import Context, Stage
 from jaxrl_reason.stages.data_config import FileData, PythonData
@@ -60,7 +63,7 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
 
 def _run(context: Context, say: Callable[[str], None]) -> list[dict[str, Any]]:
     stages = plan(context)
-    check_belongs(context, stages)
+    from_first(lambda: check_belongs(context, stages))
     for stage in stages:
         if not _is_complete(stage):
             check_inputs(stage)
@@ -73,17 +76,20 @@ def _run(context: Context, say: Callable[[str], None]) -> list[dict[str, Any]]:
         else:
             if (step := checkpoint.latest(stage.checkpoints)) is not None:
                 say(f"{stage.name}: going on after step {step}")
-            stage.directory.mkdir(parents=True, exist_ok=True)
-            _write_json(stage.directory / "config.json", to_json(context.config))
+            if is_first():
+                stage.directory.mkdir(parents=True, exist_ok=True)
+                _write_json(stage.directory / "config.json", to_json(context.config))
             RUNNERS[stage.config.kind](stage)
-        meta = _latest_meta(stage.directory)
+            wait(f"end of {stage.name}")
+        meta = from_first(functools.partial(_latest_meta, stage.directory))
         if isinstance(stage.config, RejectConfig):
             rows.append(_kept(stage, meta, say))
         else:
             of = (stage.name, stage.config.kind, stage.hash, meta["seconds"])
             rows.append(_evaluated(context, *of, say))
         say(f"{stage.name}: {time.monotonic() - began:.0f} s")
-        _write_json(context.directory / "summary.json", rows)
+        if is_first():
+            _write_json(context.directory / "summary.json", rows)
     return rows
 
 
@@ -166,20 +172,8 @@ def _check_made(directory: Path, made: str, config: Mapping[str, Any]) -> None:
 def _prepare_folder(context: Context) -> None:
     """Write the untrained model as stage `init`, and the run's configuration and tokenizer."""
     checkpoints = context.directory / "init" / "checkpoints"
-    try:
-        context.directory.mkdir(parents=True, exist_ok=True)
-        _write_json(context.directory / "config.json", to_json(context.config))
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {context.directory}: {error.strerror}; choose another output_dir"
-        ) from error
-    choice = context.config.model
-    if choice.path is not None:
-        from jaxrl_reason.models.convert import copy_description
-
-        copy_description(choice.path, context.directory / TOKENIZER, choice.revision)
-    save_tokenizer(context.tokenizer, context.directory / TOKENIZER)
-    if checkpoint.latest(checkpoints) is None:
+    from_first(lambda: _write_description(context))
+    if not from_first(lambda: _has_sound(checkpoints)):
         meta = {
             "run": context.config.name,
             "stage": "init",
@@ -194,6 +188,24 @@ def _prepare_folder(context: Context) -> None:
             "code_version": __version__,
         }
         checkpoint.save(checkpoints, 0, params=context.init_params(), state={}, meta=meta)
+        wait("the untrained model")
+
+
+def _write_description(context: Context) -> None:
+    """The configuration and the tokenizer."""
+    try:
+        context.directory.mkdir(parents=True, exist_ok=True)
+        _write_json(context.directory / "config.json", to_json(context.config))
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {context.directory}: {error.strerror}; choose another output_dir"
+        ) from error
+    choice = context.config.model
+    if choice.path is not None:
+        from jaxrl_reason.models.convert import copy_description
+
+        copy_description(choice.path, context.directory / TOKENIZER, choice.revision)
+    save_tokenizer(context.tokenizer, context.directory / TOKENIZER)
 
 
 def _evaluated(
@@ -203,7 +215,7 @@ def _evaluated(
     directory = context.directory / name
     settings = hash_json([made, to_json(context.config.evaluation), reward_table(context.config)])
     path = directory / "eval.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
+    result = from_first(lambda: json.loads(path.read_text()) if path.exists() else {})
     if result.get("hash") != settings:
         say(f"{name}: evaluating on {context.config.evaluation.problems} held-out problems")
         began = time.monotonic()
@@ -211,7 +223,8 @@ def _evaluated(
         result, rows = evaluate(context, params, context.config.evaluation)
         result = {"stage": name, "kind": kind, "hash": settings, **result}
         result["seconds"] = time.monotonic() - began
-        write_evaluation(directory, result, rows)
+        if is_first():
+            write_evaluation(directory, result, rows)
     row = {"stage": name, "kind": kind}
     row |= {k: result[k] for k in ("accuracy", "accuracy_ci95", "format_rate", "mean_length")}
     return row | {"problems": result["problems"], "seconds": seconds + result["seconds"]}
@@ -231,13 +244,34 @@ def _latest_meta(directory: Path) -> dict[str, Any] | None:
     """What a stage's folder says about it: of its last checkpoint, or of the data it kept."""
     if (data := directory / META).exists():
         return load_yaml(data)
-    step = checkpoint.latest(directory / "checkpoints")
-    return None if step is None else checkpoint.read_meta(directory / "checkpoints" / str(step))
+    for step in reversed(checkpoint.steps(directory / "checkpoints")):
+        with contextlib.suppress(checkpoint.DamagedCheckpointError):
+            return checkpoint.read_meta(directory / "checkpoints" / str(step))
+    return None
 
 
 def _is_complete(stage: Stage) -> bool:
-    meta = _latest_meta(stage.directory)
-    return meta is not None and meta["complete"]
+    return from_first(lambda: _is_whole(stage.directory))
+
+
+def _is_whole(directory: Path) -> bool:
+    """Whether a stage has nothing left to do, and what it has made can be read."""
+    meta = _latest_meta(directory)
+    if meta is None or not meta["complete"]:
+        return False
+    step = checkpoint.latest(directory / "checkpoints")
+    return step is None or checkpoint.is_sound(directory / "checkpoints" / str(step))
+
+
+def _has_sound(checkpoints: Path) -> bool:
+    """Whether there is a checkpoint of the untrained model; a damaged one is put aside."""
+    step = checkpoint.latest(checkpoints)
+    if step is None:
+        return False
+    if checkpoint.is_sound(checkpoints / str(step)):
+        return True
+    checkpoint.put_aside(checkpoints / str(step))
+    return False
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

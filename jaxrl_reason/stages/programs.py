@@ -312,9 +312,10 @@ def _sampling(
     if stage.context.visual_tokens:
         yield _encoding(stage, prompts, beside)
     read = "parameters to sample" if engine.gathers else "parameters"
-    rows = max(n for n in engine.prefill_sizes[0] if n <= max(prompts, 1))
+    of_device = -(-prompts // engine.devices)
+    rows = engine.devices * max(n for n in engine.prefill_sizes[0] if n <= max(of_device, 1))
     length = min(engine.prefill_sizes[1])
-    group = engine.row_shape(length, level.context_pages).empty(rows)
+    group = engine.row_shape(length, level.of_device.context_pages).empty(rows)
     context = pages._replace(own_keys=(), own_values=())
     yield Program(
         name=f"prefill, {rows} x {length}",
@@ -327,7 +328,7 @@ def _sampling(
         beside={**beside, "cache": (pages.own_keys, pages.own_values)},
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    idle = (None, key, np.int32(0), np.int32(0))
+    idle = (None, key, *(np.int32(0),) * 3)
     dispatch = Dispatch(*engine.batch(level, own_pages).arrays(), *idle)
     dispatches = math.ceil(engine.max_completion_length / engine.most_steps)
     yield Program(

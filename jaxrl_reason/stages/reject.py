@@ -22,10 +22,12 @@ from jaxrl_reason import checkpoint
 from jaxrl_reason.data import chat
 from jaxrl_reason.data.records import write_jsonl
 from jaxrl_reason.errors import InputError
+from jaxrl_reason.processes import from_first
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.groups import Group, Sampled, sample_groups
 from jaxrl_reason.stages.made_rows import SIDES, call_builder, checked_rows
 from jaxrl_reason.stages.reject_config import RejectConfig
+from jaxrl_reason.tasks import Problem
 
 META = "data.json"
 """File of a stage's folder that says what was kept, written when all is."""
@@ -43,6 +45,17 @@ def run_reject(stage: Stage) -> None:
     written = [_write(stage, stage.parent, problems, 0)]
     if stage.other is not None:
         written.append(_write(stage, stage.other, problems, 1))
+    from_first(lambda: _keep(stage, problems, written, began))
+
+
+def _keep(
+    stage: Stage,
+    problems: Sequence[Problem],
+    written: Sequence[list[list[Sampled]]],
+    began: float,
+) -> None:
+    """Choose and write."""
+    config: RejectConfig = stage.config
     groups = list(_groups(config, problems, written))
     if config.builder is None:
         made = [*_choose(groups, config, Random(stage.seed))]

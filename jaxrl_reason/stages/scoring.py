@@ -2,6 +2,9 @@
 
 Which process computes a reward and in what order completions end changes no result: each value is
 written to the place of its completion.
+
+Of several processes each scores groups of its own and tells the others; where a reward is given a
+whole batch, the first scores all.
 """
 
 import functools
@@ -12,6 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxrl_reason import processes
+from jaxrl_reason.errors import InputError
 from jaxrl_reason.rewards import Scores
 from jaxrl_reason.rewards.workers import Workers, result
 from jaxrl_reason.stages.judge import Judge, Read
@@ -46,6 +51,15 @@ class Scored(NamedTuple):
         self.rewards[rows, columns], self.mask[rows, columns] = scores
 
 
+class _Found(NamedTuple):
+    """What a process has scored."""
+
+    groups: dict[int, Scored]
+    columns: list[int]
+    """Rewards of scope `batch`."""
+    batch: Scored
+
+
 class _Group:
     """A problem's completions, as far as they have come."""
 
@@ -73,11 +87,14 @@ class Scoring:
         self._unread = num_generations * num_groups
         self._of_batch = Scored.empty(self._unread, len(judge.names))
         self._columns_of_batch: list[int] = []
+        self._failed: InputError | None = None
         self._ended: queue.SimpleQueue[tuple[Callable[[Any], None], Future]] = queue.SimpleQueue()
         self._open = 0
 
     def add(self, number: int, index: int, problem: Problem, ids: list[int]) -> None:
-        """Start the rewards of completion `index` of group `number`."""
+        """Start the rewards of completion `index` of group `number`, if they are this process's."""
+        if self._scorer(number) != processes.number():
+            return
         if number not in self._groups:
             self._groups[number] = _Group(self._size, len(self._judge.names))
         future = self._workers.submit("read_and_score", self._row(number, index), problem, ids)
@@ -85,15 +102,22 @@ class Scoring:
 
     def poll(self) -> None:
         """Go on with what has ended; never waits."""
-        while not self._ended.empty():
-            self._go_on()
+        while not self._ended.empty() and self._failed is None:
+            try:
+                self._go_on()
+            except InputError as error:
+                if processes.count() == 1:
+                    raise
+                self._failed = error  # the other processes are told when they ask
 
     def group(self, number: int) -> Scored:
-        """Wait for the rewards, but those of scope `batch`, of a group whose completions ended."""
-        group = self._groups[number]
-        while group.open:
-            self._go_on()
-        return group.scored
+        """Wait for the rewards, but those of scope `batch`, of a group whose completions ended.
+
+        All processes must ask for it, and for `finish`.
+        """
+        scorer = self._scorer(number)
+        own = scorer == processes.number()
+        return processes.together(lambda: self._own_group(number) if own else None)[scorer]
 
     def finish(self, numbers: Sequence[int]) -> Scored:
         """Wait for everything; the rewards of these groups, in this order.
@@ -101,14 +125,36 @@ class Scoring:
         Raises:
             InputError: a reward function failed; the message names the reward and the completion.
         """
-        while self._open:
-            self._go_on()
-        parts = [self._groups[number].scored for number in numbers]
+        found = processes.together(self._own_groups)
+        parts = [found[self._scorer(number)].groups[number] for number in numbers]
         scored = Scored(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-        if columns := self._columns_of_batch:
-            here = self._of_batch.rewards[:, columns], self._of_batch.mask[:, columns]
+        columns, of_batch = found[0].columns, found[0].batch
+        if columns:
+            here = of_batch.rewards[:, columns], of_batch.mask[:, columns]
             scored.write(slice(None), columns, here)
         return scored
+
+    # What this process scores
+
+    def _scorer(self, number: int) -> int:
+        """The process that scores a group."""
+        return 0 if self._has_batch_rewards else number % processes.count()
+
+    @functools.cached_property
+    def _has_batch_rewards(self) -> bool:
+        return any(self._judge.columns("batch", is_async=mode) for mode in (False, True))
+
+    def _own_group(self, number: int) -> Scored:
+        group = self._groups[number]
+        while group.open:
+            self._go_on()
+        return group.scored
+
+    def _own_groups(self) -> "_Found":
+        while self._open:
+            self._go_on()
+        scored = {number: group.scored for number, group in self._groups.items()}
+        return _Found(scored, self._columns_of_batch, self._of_batch)
 
     # What follows on what has ended
 
@@ -117,6 +163,8 @@ class Scoring:
         future.add_done_callback(lambda ended: self._ended.put((then, ended)))
 
     def _go_on(self) -> None:
+        if self._failed is not None:
+            raise self._failed
         then, future = self._ended.get()
         self._open -= 1
         then(result(future))

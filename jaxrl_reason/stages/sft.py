@@ -9,13 +9,13 @@ import functools
 import numpy as np
 
 from jaxrl_reason.config import hash_json
-from jaxrl_reason.data.batching import Example, fill_rows, microbatches, pack, step_indices
+from jaxrl_reason.data.batching import Example, fill_rows, pack, step_indices
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.sharding import place_batch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import FileData, TraceData
 from jaxrl_reason.stages.encoding import file_records
 from jaxrl_reason.stages.made_rows import Made, example_of, made_rows
+from jaxrl_reason.stages.placed_rows import place_rows
 from jaxrl_reason.stages.stage_config import SFTConfig
 from jaxrl_reason.stages.training import StepResult, compile_step, resume, stage_optimizer, train
 from jaxrl_reason.steps import make_sft_step
@@ -35,18 +35,18 @@ def run_sft(stage: Stage) -> None:
     optimizer = stage_optimizer(stage)
     update = compile_step(stage, make_sft_step, logprob_chunk_size=config.logprob_chunk_size)
 
+    def fill(documents):
+        return fill_rows(
+            documents, config.max_length, pad_id=stage.context.pad_id, num_patches=num_patches
+        )
+
     def one_step(state, step):
         chosen = step_indices(stage.seed, step, size=len(rows), batch_size=config.batch_size)
         documents = [of_rows[row] for row in chosen]
-        batch = fill_rows(
-            documents, config.max_length, pad_id=stage.context.pad_id, num_patches=num_patches
-        )
-        num_tokens = int((batch["segment_ids"] > 0).sum())
-        cut = microbatches(batch, microbatch_count)
-        state, metrics = update(state, place_batch(cut, stage.context.mesh, batch_axis=1))
-        counted = int(batch["completion_mask"].sum())
-        told = {"num_tokens": counted, "padding_share": 1 - num_tokens / batch["tokens"].size}
-        return StepResult(state, [metrics], told, num_tokens, counted, cut["tokens"].shape)
+        placed = place_rows(stage.context.mesh, documents, fill, microbatch_count)
+        state, metrics = update(state, placed.batch)
+        told = {"num_tokens": placed.counted, "padding_share": placed.padding_share}
+        return StepResult(state, [metrics], told, placed.num_tokens, placed.counted, placed.batch)
 
     data_hash = hash_json([example.identity for example in examples])
     begin = resume(stage, optimizer, data_hash=data_hash)

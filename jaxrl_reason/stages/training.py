@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from jaxrl_reason import processes
 from jaxrl_reason.checkpoint import Checkpoints, latest_valid
 from jaxrl_reason.errors import InputError, Preemption
-from jaxrl_reason.metrics import MetricLog, Progress
+from jaxrl_reason.metrics import MetricLog, NoLog, Progress, Silence
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.sharding import OnMesh, batch_sharding, replicated
@@ -56,8 +58,8 @@ class StepResult(NamedTuple):
     """Tokens that the step worked on."""
     counted_tokens: int
     """Tokens under the mask of the loss."""
-    shape: tuple[int, ...]
-    """Of the tokens of the update, padding included."""
+    batch: Mapping[str, jax.Array]
+    """What the updates read, [k, rows, ...]."""
     advantages: np.ndarray | None = None
     """Of the step's completions, in reinforcement learning."""
 
@@ -165,21 +167,19 @@ def train(
     config = stage.config
     state, meta = begin.state, begin.meta
     guard = Guard(stage.name, config, meta.get("guard"))  # none in checkpoints older than the guard
-    tracking = stage.context.config.tracking
     rate = learning_rate_schedule(config.optimizer, config.updates)
     seconds, began = meta.get("seconds", 0.0), time.monotonic()
     compiles = CompileWatch(stage.name)
     rows: list[dict[str, float]] = []
     with (
         Checkpoints(stage.checkpoints, keep=config.save_total_limit) as checkpoints,
-        MetricLog(
-            stage.directory,
-            tensorboard=tracking.tensorboard,
-            wandb_project=tracking.wandb_project,
-            from_step=begin.step,
-            aliases="verl" if tracking.verl_names else None,
-        ) as log,
-        Progress(f"{stage.name} ({config.kind})", total=config.steps, start=begin.step) as bar,
+        _open_log(stage, begin.step) as log,
+        Progress(
+            f"{stage.name} ({config.kind})",
+            total=config.steps,
+            start=begin.step,
+            stream=None if processes.is_first() else Silence(),
+        ) as bar,
         after_a_step() as is_to_end,
     ):
         for step in range(begin.step, config.steps):
@@ -188,13 +188,15 @@ def train(
             with _deadline(stage.context.config.step_timeout, is_first=step == begin.step):
                 result = one_step(state, step)
                 state, metrics = result.state, _numbers(result, step_began)
-            metrics["compiles"] = compiles.look(done, result.shape)
+            metrics["compiles"] = compiles.look(done, result.batch["tokens"].shape)
             metrics |= guard.look(
                 done,
                 updates=result.updates,
                 counted_tokens=result.counted_tokens,
                 advantages=result.advantages,
             )
+            if guard.nonfinite_in_a_row >= stage.context.config.nonfinite_limit:
+                raise _stopped(stage, done, guard.nonfinite_in_a_row, result.batch)
             metrics["learning_rate"] = float(rate(step * (config.updates // config.steps)))
             rows.append(metrics)
             log.log(done, metrics)
@@ -219,6 +221,20 @@ def train(
             bar.conclude(table(stage.name, rows))
 
 
+def _open_log(stage: Stage, step: int) -> "MetricLog | NoLog":
+    """Where the metrics of the steps after this one go; one process writes them."""
+    if not processes.is_first():
+        return NoLog()
+    tracking = stage.context.config.tracking
+    return MetricLog(
+        stage.directory,
+        tensorboard=tracking.tensorboard,
+        wandb_project=tracking.wandb_project,
+        from_step=step,
+        aliases="verl" if tracking.verl_names else None,
+    )
+
+
 @contextlib.contextmanager
 def _deadline(seconds: float | None, *, is_first: bool) -> Iterator[None]:
     """End the process, with the stacks of all threads, if what is within takes longer."""
@@ -230,6 +246,23 @@ def _deadline(seconds: float | None, *, is_first: bool) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _stopped(stage: Stage, step: int, updates: int, batch: Mapping[str, jax.Array]) -> InputError:
+    """The end of a stage that has stopped learning; its last batch is written for a look at it."""
+    arrays = batch
+    if processes.count() > 1:
+        arrays = multihost_utils.process_allgather(batch, tiled=True)
+    path = stage.directory / f"nonfinite_step_{step}.npz"
+    if processes.is_first():
+        np.savez_compressed(path, **{name: np.asarray(x) for name, x in arrays.items()})
+    return InputError(
+        f"stages.{stage.name}: the loss or the gradient of {updates} updates in a row, the last in "
+        f"step {step}, was not finite; they were skipped. The batch is in {path}, and the last "
+        "checkpoint is sound. Look at grad_norm of the steps before, lower "
+        "optimizer.learning_rate, or mend the data or the reward (nonfinite_limit is the number "
+        "that is put up with)"
+    )
 
 
 def _numbers(result: StepResult, began: float) -> dict[str, float]:

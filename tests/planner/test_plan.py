@@ -164,6 +164,19 @@ def test_memory_is_that_of_the_arrays(context, plans):
     assert decode.memory.arrays["reference"] == held
 
 
+def test_sampling_sends_no_keys_and_values():
+    config = config_of((TINY + STAGES).replace("fsdp: 2, tensor: 2", "fsdp: 4"))
+    here = topology.Topology("here", CHIP, jax.devices())
+    found = plan_stages(Context.describe(config, jax.devices()), here, names=["reason"])
+    by_work = {program.work: program for program in found[0].programs}
+    cache = by_work["decode"].memory.arrays["cache"]
+    # What was drawn goes to every device, and each step the number of live rows.
+    tokens, steps = by_work["decode"].tokens, 8
+    assert by_work["decode"].cost.collective_bytes <= 16 * tokens + 64 * steps
+    assert by_work["decode"].cost.collective_bytes < cache / 4
+    assert by_work["prefill"].cost.collective_bytes == 0
+
+
 def test_products_are_those_of_the_model(plans):
     for name in ("cold", "prefer", "reason"):
         for program in plans[name].programs:

@@ -1,0 +1,222 @@
+"""Kill runs at random moments, damage what they left, start them again, and compare the bits.
+
+    python scripts/chaos.py --runs 50 --out docs/chaos.json
+
+The four stages of the quickstart, with fewer steps, are run once without being disturbed. Every
+other run is killed with SIGKILL and started again until it ends; then its parameters are compared,
+stage by stage and bit by bit, with those of the first. Kinds of trouble, in turn:
+
+    once       killed at a random moment of a random stage
+    twice      and again after it was started again
+    saving     killed while a checkpoint is being written
+    shortened  killed, and a random file of the newest checkpoint cut to half its length
+    removed    killed, and a random file of the newest checkpoint removed
+    notice     SIGTERM in place of SIGKILL
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+SMALLER = (
+    "model.preset=0.3m",
+    "evaluation.problems=64",
+    "evaluation.batch_size=64",
+    "evaluation.max_completion_length=48",
+    "stages.cold_start.steps=120",
+    "stages.cold_start.save_steps=20",
+    "stages.cold_start.data.num_examples=512",
+    "stages.prefer.steps=12",
+    "stages.prefer.save_steps=3",
+    "stages.prefer.data.num_prompts=64",
+    "stages.reason.steps=8",
+    "stages.reason.save_steps=2",
+    "stages.reason.prompts_per_step=8",
+    "stages.reason.num_generations=4",
+    "stages.reason.max_completion_length=48",
+    "stages.balance.steps=8",
+    "stages.balance.save_steps=2",
+    "stages.balance.prompts_per_step=8",
+    "stages.balance.num_generations=4",
+    "stages.balance.max_completion_length=48",
+)
+STAGES = ("cold_start", "prefer", "reason", "balance")
+KINDS = ("once", "twice", "saving", "shortened", "removed", "notice")
+MOST_STARTS = 8
+
+
+def start(folder: Path, overrides: list[str]) -> subprocess.Popen:
+    """A run of the quickstart in a folder."""
+    command = [
+        sys.executable,
+        "-m",
+        "jaxrl_reason.cli",
+        "run",
+        str(ROOT / "configs/quickstart.yaml"),
+    ]
+    log = (folder / "log.txt").open("a")
+    return subprocess.Popen(
+        [*command, f"output_dir={folder}", *SMALLER, *overrides], stdout=log, stderr=log, cwd=ROOT
+    )
+
+
+def bits(folder: Path) -> dict[str, str]:
+    """A digest of the parameters that each stage ended with."""
+    import orbax.checkpoint as ocp
+
+    found = {}
+    for stage in STAGES:
+        checkpoints = folder / "quickstart" / stage / "checkpoints"
+        last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+        handler = ocp.StandardCheckpointHandler()
+        tree = handler.restore((checkpoints / str(last) / "params").resolve())
+        digest = hashlib.sha256(str(last).encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(leaf).tobytes())
+        found[stage] = digest.hexdigest()
+    return found
+
+
+def steps_done(folder: Path, stage: str) -> int:
+    """Steps that the metrics of a stage tell of."""
+    log = folder / "quickstart" / stage / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def unfinished_saves(folder: Path) -> bool:
+    """Whether a checkpoint is being written."""
+    return any(folder.glob("quickstart/*/checkpoints/*.orbax-checkpoint-tmp*"))
+
+
+def wait(run: subprocess.Popen, until: Callable[[], bool]) -> bool:
+    """Whether that came before the run ended."""
+    while run.poll() is None:
+        if until():
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def strike(kind: str, folder: Path, run: subprocess.Popen, rng: random.Random, sizes) -> str | None:
+    """Wait for a random moment and kill the run; says when, or None if it had ended before."""
+    done = {stage: steps_done(folder, stage) for stage in STAGES}
+    left = [stage for stage in STAGES if done[stage] < sizes[stage]]
+    if not left:
+        return None
+    stage = rng.choice(left)
+    step = rng.randint(done[stage], sizes[stage] - 1)
+    if not wait(run, lambda: steps_done(folder, stage) >= step):
+        return None
+    if kind == "saving":
+        if not wait(run, lambda: unfinished_saves(folder)):
+            return None
+        when = "while saving"
+    else:
+        time.sleep(rng.random() * 0.3)
+        when = "after it"
+    run.send_signal(signal.SIGTERM if kind == "notice" else signal.SIGKILL)
+    run.wait()
+    return f"{stage} step {step}, {when}"
+
+
+def damage(kind: str, folder: Path, rng: random.Random) -> str | None:
+    """Shorten or remove a file of the newest checkpoint; says which."""
+    found = [path for path in folder.glob("quickstart/*/checkpoints/*") if path.name.isdecimal()]
+    if not found:
+        return None
+    newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+    file = rng.choice(files)
+    if kind == "removed":
+        file.unlink()
+    else:
+        content = file.read_bytes()
+        file.write_bytes(content[: len(content) // 2])
+    return str(file.relative_to(folder / "quickstart"))
+
+
+def trouble(kind: str, folder: Path, rng: random.Random, sizes, overrides) -> dict:
+    """One run with its troubles, started until it ends."""
+    folder.mkdir(parents=True)
+    told: dict = {"kind": kind, "struck": [], "damaged": [], "starts": 0}
+    strikes = 2 if kind == "twice" else 1
+    while told["starts"] < MOST_STARTS:
+        run = start(folder, overrides)
+        told["starts"] += 1
+        if len(told["struck"]) < strikes:
+            when = strike(kind, folder, run, rng, sizes)
+            if when is not None:
+                told["struck"].append(when)
+                if kind in ("shortened", "removed"):
+                    told["damaged"].append(damage(kind, folder, rng))
+                continue
+        if run.wait() == 0:
+            return told
+        told["exit"] = run.returncode
+        return told
+    return told
+
+
+def main() -> int:
+    """The table of all runs; 1 if any of them ended otherwise than the undisturbed one."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--folder", help="of the runs; a temporary one by default")
+    parser.add_argument("--out", help="JSON file to be written")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of all runs")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(arguments.folder or temporary)
+        overrides = [f"stages.{s}.save_total_limit=2" for s in STAGES] + arguments.overrides
+        (root / "undisturbed").mkdir(parents=True)
+        if start(root / "undisturbed", overrides).wait() != 0:
+            print((root / "undisturbed" / "log.txt").read_text()[-3000:], file=sys.stderr)
+            return 1
+        expected = bits(root / "undisturbed")
+        sizes = {stage: steps_done(root / "undisturbed", stage) for stage in STAGES}
+        runs = []
+        for number in range(arguments.runs):
+            kind = arguments.kinds[number % len(arguments.kinds)]
+            folder = root / f"run_{number}"
+            rng = random.Random(f"{arguments.seed}|{number}")
+            told = trouble(kind, folder, rng, sizes, overrides)
+            told["same"] = "exit" not in told and bits(folder) == expected
+            runs.append(told)
+            print(json.dumps({"run": number, **told}), flush=True)
+            if not told["same"]:
+                print((folder / "log.txt").read_text()[-3000:], file=sys.stderr)
+    table = {
+        kind: {
+            "runs": len(of_kind),
+            "struck": sum(len(run["struck"]) for run in of_kind),
+            "damaged": sum(len(run["damaged"]) for run in of_kind),
+            "same": sum(run["same"] for run in of_kind),
+        }
+        for kind in arguments.kinds
+        if (of_kind := [run for run in runs if run["kind"] == kind])
+    }
+    for kind, row in table.items():
+        print(f"{kind:<10} {row}")
+    if arguments.out:
+        told = {"seed": arguments.seed, "table": table, "runs": runs}
+        Path(arguments.out).write_text(json.dumps(told, indent=1) + "\n")
+    return 0 if all(run["same"] for run in runs) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What every machine of a pod executes: the run, with its exit code made fit for a launcher.
+#
+#   entry.sh CONFIG [key=value ...]
+#
+# `jaxrl-reason run` saves and exits with 0 after a notice (SIGTERM), since nothing is lost. A launcher
+# would take that for the end of the run, so that it is turned into 143 here, which is restarted.
+# A mistake of the user's (2) stays 2, which a restart would not mend.
+set -uo pipefail
+
+noticed=0
+child=""
+take() {
+    noticed=1
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+}
+trap take TERM INT HUP
+
+"${JAXRL_REASON:-jaxrl-reason}" run "$@" &
+child=$!
+# A signal ends `wait`, not the child.
+while true; do
+    wait "$child"
+    code=$?
+    kill -0 "$child" 2>/dev/null || break
+done
+if [ "$noticed" = 1 ] && [ "$code" = 0 ]; then
+    code=143
+fi
+exit "$code"
