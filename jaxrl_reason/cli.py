@@ -120,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from jaxrl_reason import launch, processes
 
+    if arguments.profile is not None:
+        arguments.overrides.append(f"tracking.profile={arguments.profile}")
     if arguments.local_processes is not None:
         words = ["run", arguments.config, *arguments.overrides]
         return launch.run_here(words, arguments.local_processes)
@@ -132,6 +134,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from jaxrl_reason.stages.pipeline import run
 
     config = RunConfig.load(arguments.config, arguments.overrides)
+    if arguments.profile is not None:
+        _write_programs(Path(config.output_dir) / config.name / "programs")
     console = Console(soft_wrap=True, quiet=not processes.is_first())
     say = lambda line: console.print(line, highlight=False, markup=False)
     if processes.count() > 1:
@@ -140,6 +144,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if not processes.is_first():
         return 0
     folder = Path(config.output_dir) / config.name
+    if arguments.profile is not None:
+        print(f"profile  {folder}/<stage>/profile and {folder}/programs")
     kinds = [(name, stage.kind) for name, stage in config.stages.items()]
     plots = make_plots(folder, kinds, pareto_points(config))
     console.print(stage_table(rows))
@@ -150,6 +156,17 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"plot     {plot}")
     print(f"report   {write_report(folder, plots=plots)}")
     return 0
+
+
+def _write_programs(folder: Path) -> None:
+    """Have the compiler write the optimised programs of this process; before it has any device."""
+    import jax
+
+    flags = f"--xla_dump_to={folder.absolute()} --xla_dump_hlo_as_text"
+    flags += " --xla_dump_hlo_module_re=jit_(step|sampling_.*|.*logprobs|sums|visual_features)"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    # What comes from the cache is not compiled, and so not written.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -429,6 +446,9 @@ def _parser() -> argparse.ArgumentParser:
     run = add("run", _run, _RUN, "train the stages of a configuration")
     run.add_argument("config", help="YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
+    run.add_argument(
+        "--profile", metavar="A:B", help="trace these steps of each stage, such as 10:12"
+    )
     run.add_argument(
         "--local-processes", type=int, metavar="N", help="as N processes, like hosts of a pod"
     )

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -234,8 +235,10 @@ def gradients(folder: Path, kind: str) -> dict[str, np.ndarray]:
     """After one step, what Adam remembers is a tenth of the gradient."""
     import orbax.checkpoint as ocp
 
-    state = folder / kind / "checkpoints" / "1" / "state"
-    tree = ocp.StandardCheckpointHandler().restore(state.resolve())
+    state = (folder / kind / "checkpoints" / "1" / "state").resolve()
+    handler = ocp.StandardCheckpointHandler()
+    empty = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), handler.metadata(state).tree)
+    tree = handler.restore(state, args=ocp.args.StandardRestore(empty))
     flat = {"/".join(map(str, path)): leaf for path, leaf in _leaves(tree)}
     return {path: np.asarray(leaf) for path, leaf in flat.items() if "mu" in path.split("/")}
 

@@ -123,6 +123,23 @@ class TrackingConfig(Config):
     """Also log to this Weights & Biases project."""
     verl_names: bool = False
     """Also log each metric under verl's name for it."""
+    profile: Annotated[str, Field(pattern=r"^\d+:\d+$")] | None = None
+    """First and last step of each stage to be profiled, such as `10:12`; the trace is then in
+    `<stage>/profile`. `run --profile` sets it and has the compiler write its programs, too."""
+
+    @pydantic.model_validator(mode="after")
+    def _profile_is_a_span(self):
+        if self.profile is not None and not 0 < self.profiled[0] <= self.profiled[1]:
+            raise ValueError(f"profile={self.profile!r} must name a step from 1 and one behind it")
+        return self
+
+    @property
+    def profiled(self) -> tuple[int, int]:
+        """The first and the last step to be profiled; (0, 0) for none."""
+        if self.profile is None:
+            return (0, 0)
+        first, _, last = self.profile.partition(":")
+        return int(first), int(last)
 
 
 class RunConfig(Config):

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Key
 
-from jaxrl_reason import __version__, checkpoint
+from jaxrl_reason import __version__, checkpoint, processes
 from jaxrl_reason.config import hash_json, to_json
 from jaxrl_reason.data import chat
 from jaxrl_reason.data.batching import Example, epoch_order
@@ -368,6 +368,16 @@ class Stage:
                 f"{microbatches} microbatches"
             )
 
+    def devices(self) -> dict[str, Any]:
+        """What the last bits of a result depend on besides the configuration."""
+        mesh = self.context.mesh
+        return {
+            "mesh": {axis: size for axis, size in mesh.shape.items() if size > 1},
+            "kind": mesh.devices.flat[0].device_kind,
+            "processes": processes.count(),
+            "jax": jax.__version__,
+        }
+
     def meta(self, **more: Any) -> dict[str, Any]:
         """What a checkpoint of this stage says about its origin."""
         return {
@@ -381,6 +391,7 @@ class Stage:
             **({} if self.other is None else {"other": str(self.other)}),
             "seed": self.context.config.seed,
             "code_version": __version__,
+            "devices": self.devices(),
             **more,
         }
 

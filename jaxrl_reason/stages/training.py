@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from jaxrl_reason.stages.compiles import CompileWatch
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.guard import Guard
 from jaxrl_reason.stages.preemption import after_a_step
+from jaxrl_reason.stages.profiling import Profile
 from jaxrl_reason.steps import (
     Optimizer,
     Step,
@@ -31,6 +33,8 @@ from jaxrl_reason.steps import (
     make_optimizer,
     state_shardings,
 )
+
+_logger = logging.getLogger(__name__)
 
 _COMPILING = 10
 """How much longer than others the first step of a start may take."""
@@ -134,8 +138,22 @@ def resume(stage: Stage, optimizer: Optimizer, *, data_hash: str) -> Start:
             f"stages.{stage.name}: its data has changed since {restored.path} was written; put the "
             "old data back, or give the run another name (name=...); nothing was overwritten"
         )
+    _compare_devices(stage, restored.meta)
     state = TrainState(restored.params, restored.state["opt_state"], restored.state["step"])
     return Start(state, restored.step, restored.meta)
+
+
+def _compare_devices(stage: Stage, meta: Mapping[str, Any]) -> None:
+    """Say so if a checkpoint was made by other devices."""
+    before, now = meta.get("devices"), stage.devices()
+    if before not in (None, now):
+        _logger.warning(
+            "%s: its checkpoint was made by %s and goes on with %s; results equal those of an "
+            "uninterrupted run to rounding, not to the bit",
+            stage.name,
+            before,
+            now,
+        )
 
 
 def train(
@@ -180,14 +198,17 @@ def train(
             start=begin.step,
             stream=None if processes.is_first() else Silence(),
         ) as bar,
+        Profile(stage.directory / "profile", stage.context.config.tracking.profiled) as profile,
         after_a_step() as is_to_end,
     ):
         for step in range(begin.step, config.steps):
             done, step_began = step + 1, time.monotonic()
             compiles.start()
+            profile.begin(done)
             with _deadline(stage.context.config.step_timeout, is_first=step == begin.step):
                 result = one_step(state, step)
                 state, metrics = result.state, _numbers(result, step_began)
+            profile.end(done)
             metrics["compiles"] = compiles.look(done, result.batch["tokens"].shape)
             metrics |= guard.look(
                 done,
