@@ -186,8 +186,23 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise InputError(f"--stages {unknown[0]}: the run has {', '.join(config.stages)}")
     wide = None if sys.stdout.isatty() else 120
     console = Console(soft_wrap=True, stderr=arguments.json == "-", width=wide)
-    context = Context.describe(config, topology.devices)
     say = lambda line: console.print(line, highlight=False, markup=False)
+    if arguments.search is not None:
+        from jaxrl_reason.planner.search import search
+
+        trials = search(
+            arguments.config,
+            arguments.overrides,
+            topology,
+            names=arguments.stages or None,
+            most=arguments.search,
+            say=say,
+        )
+        console.print(tables.search_table(trials, topology))
+        best = trials[0]
+        say(f"{'best' if best.fits else 'nothing fits; nearest'}: {' '.join(best.overrides)}")
+        return 0 if best.fits else 1
+    context = Context.describe(config, topology.devices)
     stages = plan_stages(context, topology, names=arguments.stages or None, say=say)
     if arguments.json is not None:
         text = json.dumps(tables.as_json(stages, topology), indent=2)
@@ -457,6 +472,14 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change")
     plan.add_argument("--topology", required=True, metavar="NAME", help="such as v5e:8x8 or cpu:8")
     plan.add_argument("--stages", nargs="+", default=[], metavar="STAGE", help="only these")
+    plan.add_argument(
+        "--search",
+        type=int,
+        nargs="?",
+        const=12,
+        metavar="N",
+        help="try up to N (12) meshes, remat policies and microbatches, and say which are best",
+    )
     plan.add_argument("--price", type=float, help="of an hour of a chip: also say what it costs")
     plan.add_argument("--json", metavar="FILE", help="write the plan here; - for standard output")
     importer = add("import", _import, _IMPORT, "make a run of a published model")

@@ -122,6 +122,16 @@ def _resume_file(path: Path, from_step: int) -> None:
     temporary.replace(path)
 
 
+def check_trackers(*, wandb_project: str | None) -> None:
+    """Import what a run's trackers need.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    if wandb_project is not None:
+        _import_wandb(wandb_project)
+
+
 class MetricLog:
     """Appends a step's scalars to `<directory>/metrics.jsonl`, TensorBoard and W&B.
 

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from jaxrl_reason.planner.plan import ProgramPlan, StagePlan
+from jaxrl_reason.planner.search import Trial
 from jaxrl_reason.planner.topology import Topology
 
 
@@ -96,6 +97,29 @@ def bill(stages: Sequence[StagePlan], topology: Topology, price: float | None) -
 
 def _hours(value: float) -> str:
     return f"{value:.1f} h" if value >= 1 else f"{60 * value:.1f} min"
+
+
+def search_table(trials: Sequence[Trial], topology: Topology) -> Table:
+    """Choices of a search, the best first."""
+    table = _table("choice", "fits", left=2)
+    for header in ("memory", "step", "limit", "MFU of the update"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.columns[0].no_wrap = False
+    for trial in trials:
+        spare = topology.chip.memory - trial.memory
+        fits = f"{_size(spare)} to spare" if spare >= 0 else f"{_size(-spare)} too much"
+        last = ("-", "-", "-")
+        if math.isfinite(trial.seconds):
+            slowest = max(
+                (program for stage in trial.stages for program in stage.programs),
+                key=lambda program: program.per_step * program.seconds,
+            )
+            updates = [p.mfu for s in trial.stages for p in s.programs if p.work == "update"]
+            shares = ", ".join(f"{mfu:.0%}" for mfu in updates if mfu)
+            limit = f"{slowest.times.limit} ({slowest.work})" if slowest.times else "-"
+            last = (_seconds(trial.seconds), limit, shares or "-")
+        table.add_row("\n".join(trial.overrides), fits, _size(trial.memory), *last)
+    return table
 
 
 def notes(stages: Sequence[StagePlan]) -> list[str]:

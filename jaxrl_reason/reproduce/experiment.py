@@ -209,5 +209,6 @@ def _find(name: str, scale: str | None) -> Path:
             )
     known = {path.parent.name for folder in folders for path in folder.glob("*/*.yaml")}
     raise InputError(
-        f"experiment {name!r} is unknown; {nearest(name, known)} A path of a YAML file will do too"
+        f"experiment {name!r} is unknown; {nearest(name, known)} (the path of a YAML file will do, "
+        "too)"
     )

@@ -38,6 +38,9 @@ from jaxrl_reason.stages.task_set import Place, TaskSet
 from jaxrl_reason.steps import partition
 from jaxrl_reason.tasks import Problem, Task, VisualTask, make_task
 
+CHECKED = 64
+"""Problems that are looked at before a run begins."""
+
 _PATCH_MULTIPLE = 16  # so that data of another day seldom means another program
 _VOCABULARY_MULTIPLE = 8  # so that the embedding can be cut over the devices of one machine
 
@@ -269,6 +272,21 @@ class Context:
         """The problems' prompts as the model reads them."""
         return [self.encoder.problem(problem) for problem in problems]
 
+    def check_prompts(self, problems: Sequence[Problem], where: str) -> None:
+        """Refuse problems whose prompts are too long to sample from.
+
+        Raises:
+            InputError: naming the first of them.
+        """
+        longest = self.config.max_prompt_length
+        for number, problem in enumerate(problems):
+            count = len(self.encoder.problem(problem).tokens)
+            if count > longest:
+                raise InputError(
+                    f"{where}: the prompt of problem {number} has {count} tokens; "
+                    f"max_prompt_length={longest} is the most; raise it, or ask for less"
+                )
+
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """Texts of completions."""
         return [chat.decode(self.tokenizer, ids, self.stop_ids) for ids in completions]
@@ -364,8 +382,8 @@ class Stage:
         if rows % (devices * microbatches):
             raise InputError(
                 f"stages.{self.name}.{option}={rows} must be a multiple of "
-                f"{devices * microbatches}: {devices} devices along data, fsdp and expert, "
-                f"{microbatches} microbatches"
+                f"{devices * microbatches}: {devices} devices along data, fsdp and expert"
+                + (f", {microbatches} microbatches" if microbatches > 1 else "")
             )
 
     def devices(self) -> dict[str, Any]:

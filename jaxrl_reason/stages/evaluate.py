@@ -18,7 +18,7 @@ from jaxrl_reason.plugins import load_object
 from jaxrl_reason.processes import from_first
 from jaxrl_reason.sampling import sample
 from jaxrl_reason.stages.config import EvaluationConfig, EvaluationSet, RunConfig
-from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.context import CHECKED, Context
 from jaxrl_reason.stages.judge import Judge, Read
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.reward_config import AnyReward, reward_name
@@ -42,6 +42,21 @@ def evaluate(
     answers = {name: _answers(context, params, config, chosen) for name, chosen in sets.items()}
     # Rewards and measures may ask others than this program, so one process does.
     return from_first(lambda: _judged(context, config, answers))
+
+
+def check_evaluation(context: Context) -> None:
+    """Import the measures and read some of the problems, so that a mistake in them shows at once.
+
+    Raises:
+        InputError: no such function, or a prompt that is too long.
+    """
+    config = context.config.evaluation
+    for where in config.measures.values():
+        load_object(where, "measure")
+    for name, chosen in {"": EvaluationSet(), **config.sets}.items():
+        some = min(chosen.problems or config.problems, CHECKED)
+        problems = _held_out(context, config, chosen.model_copy(update={"problems": some}))
+        context.check_prompts(problems, f"evaluation.sets.{name}" if name else "evaluation")
 
 
 def _judged(

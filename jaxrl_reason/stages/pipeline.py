@@ -16,13 +16,19 @@ from jaxrl_reason import __version__, checkpoint
 from jaxrl_reason.config import hash_json, load_yaml, to_json
 from jaxrl_reason.data.tokenizer import save_tokenizer
 from jaxrl_reason.errors import InputError
+from jaxrl_reason.metrics import check_trackers
 from jaxrl_reason.plugins import load_object
 from jaxrl_reason.processes import from_first, is_first, wait
 from jaxrl_reason.stages.config import RunConfig, other_stage
-from jaxrl_reason.stages.context import Context, Stage
-from jaxrl_reason.stages.data_config import FileData, PythonData
+from jaxrl_reason.stages.context import CHECKED, Context, Stage
+from jaxrl_reason.stages.data_config import FileData, PythonData, TraceData
 from jaxrl_reason.stages.dpo import preference_pairs, run_dpo
-from jaxrl_reason.stages.evaluate import evaluate, reward_table, write_evaluation
+from jaxrl_reason.stages.evaluate import (
+    check_evaluation,
+    evaluate,
+    reward_table,
+    write_evaluation,
+)
 from jaxrl_reason.stages.grpo import run_grpo
 from jaxrl_reason.stages.judge import reward_functions
 from jaxrl_reason.stages.load import TOKENIZER
@@ -32,6 +38,7 @@ from jaxrl_reason.stages.preemption import heeded
 from jaxrl_reason.stages.reject import META, run_reject
 from jaxrl_reason.stages.reject_config import RejectConfig
 from jaxrl_reason.stages.sft import demonstrations, run_sft
+from jaxrl_reason.stages.stage_config import DPOConfig, SFTConfig
 
 RUNNERS: Mapping[str, Callable[[Stage], None]] = {
     "sft": run_sft,
@@ -64,6 +71,8 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
 def _run(context: Context, say: Callable[[str], None]) -> list[dict[str, Any]]:
     stages = plan(context)
     from_first(lambda: check_belongs(context, stages))
+    check_trackers(wandb_project=context.config.tracking.wandb_project)
+    check_evaluation(context)
     for stage in stages:
         if not _is_complete(stage):
             check_inputs(stage)
@@ -149,11 +158,19 @@ def check_inputs(stage: Stage) -> None:
         InputError: as the stage itself would, after those before it had trained.
     """
     config = stage.config
+    if isinstance(config, SFTConfig | DPOConfig):
+        microbatches = config.gradient_accumulation_steps
+        stage.check_rows("batch_size", config.batch_size, microbatches=microbatches)
     if isinstance(config, PolicyConfig):
         reward_functions(config.rewards, max_completion_length=config.max_completion_length)
+        some = min(config.prompts_per_step, CHECKED)
+        problems = stage.problems(0, some, config.difficulties(0))
+        stage.context.check_prompts(problems, f"stages.{stage.name}")
     elif isinstance(config, RejectConfig):
         if config.builder is not None:
             load_object(config.builder, "function")
+    elif isinstance(config.data, TraceData):
+        demonstrations(stage, most=CHECKED)
     elif isinstance(config.data, FileData | PythonData):
         {"sft": demonstrations, "dpo": preference_pairs}[config.kind](stage)
 

@@ -53,15 +53,20 @@ def run_sft(stage: Stage) -> None:
     train(stage, begin, one_step, show=("loss",), data_hash=data_hash)
 
 
-def demonstrations(stage: Stage) -> list[Example]:
+def demonstrations(stage: Stage, most: int | None = None) -> list[Example]:
     """Token ids of every demonstration.
+
+    Args:
+        stage: the stage.
+        most: how many of the task's own traces; all by default.
 
     Raises:
         InputError: a row of a file that is malformed or too long, by file and line.
     """
     config: SFTConfig = stage.config
     if isinstance(config.data, TraceData):
-        found = [(example_of(stage, made), made.where) for made in _traces(stage, config.data)]
+        traces = _traces(stage, config.data)[:most]
+        found = [(example_of(stage, made), made.where) for made in traces]
     elif isinstance(config.data, FileData):
         found = _of_file(stage, config.data)
     else:

@@ -32,8 +32,8 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
     if task is None:
         if ":" not in name:
             raise InputError(
-                f"task {name!r} is unknown; {nearest(name, TASKS)} A task of your own is named "
-                "package.module:Class"
+                f"task {name!r} is unknown; {nearest(name, TASKS)} (a task of your own is named "
+                "package.module:Class)"
             )
         task = load_object(name, "task")
     if not (isinstance(task, type) and dataclasses.is_dataclass(task)):
