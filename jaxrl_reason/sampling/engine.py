@@ -6,9 +6,10 @@
     for completion in session:       # in the order in which they end
         ...
 
-A prompt is prefilled once for all its completions on a device. Rows that end make room for requests that wait;
-when nothing waits, the batch moves to smaller arrays. All array sizes come from a closed set
-(`shapes.Level`), so the number of compiled programs has a bound, and `precompile` makes them all.
+A prompt is prefilled once for all its completions on a device. Rows that end make room for requests
+that wait; when nothing waits, the batch moves to smaller arrays. All array sizes come from a closed
+set (`shapes.Level`), so the number of compiled programs has a bound, and `precompile` makes them
+all.
 """
 
 import dataclasses
