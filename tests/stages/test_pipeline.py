@@ -290,7 +290,7 @@ def test_a_folder_that_cannot_be_written_is_refused(four, tmp_path, capsys):
 
 def test_a_prompt_longer_than_the_longest_is_refused(four, tmp_path, capsys):
     assert again(four, "max_prompt_length=10", folder=tmp_path) == 2
-    message = r"the prompt of problem \d+ has \d+ tokens; max_prompt_length=10 is the most; raise it"
+    message = r"the prompt of problem \d+ has \d+ tokens; max_prompt_length=10 is the most"
     assert_one_error(capsys.readouterr(), message)
 
 
