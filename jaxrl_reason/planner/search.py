@@ -107,8 +107,9 @@ def search(
             f"no mesh of {len(topology.devices)} chips holds the parameters and the optimiser's "
             "state; take a larger slice, an adapter (model.lora) or a smaller model"
         )
+    present = config.model.resolve(vocab_size=8).remat
     for options in (
-        [{"model.changes.remat": remat} for remat in _REMATS],
+        [{"model.changes.remat": remat} for remat in _REMATS if remat != present],
         [_split(config, names, len(topology.devices), split) for split in _SPLITS],
     ):
         best = min(tried.values(), key=lambda trial: trial.rank)

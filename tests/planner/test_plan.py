@@ -323,3 +323,14 @@ def test_what_does_not_fit_is_said(tmp_path):
     )
     assert done.returncode == 1, done.stderr
     assert "DOES NOT FIT by" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_search_says_which_choice_is_best(tmp_path):
+    done = plan_command(tmp_path, "--topology", "cpu:4", "--stages", "cold", "--search", "4")
+    assert done.returncode == 0, done.stderr
+    tried = [line for line in done.stdout.splitlines() if line.startswith("tried")]
+    assert 2 <= len(tried) <= 4
+    assert len({line.partition(": ")[2] for line in tried}) == len(tried)
+    best = next(line for line in done.stdout.splitlines() if line.startswith("best: "))
+    assert best.removeprefix("best: ") in {line.partition(": ")[2] for line in tried}
