@@ -46,12 +46,18 @@ def run_here(arguments: Sequence[str], count: int) -> int:
             started.append(subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet))
         with _passed_on(started):
             codes = _wait(started)
-        failed = [code for code in codes if code != 0]
-        if failed and codes[0] <= 0:
+        if any(codes) and codes[0] <= 0:
             said.seek(0)
             shutil.copyfileobj(said, sys.stderr)
-    worst = codes[0] or next(iter(failed), 0)
-    return worst if worst >= 0 else 128 - worst
+    return _together(codes)
+
+
+def _together(codes: Sequence[int]) -> int:
+    """One exit code for all: a mistake, which no restart mends, before failures, before signals."""
+    failed = [code for code in codes if code > 0]
+    if 2 in failed:
+        return 2
+    return next(iter(failed), 0) or next((128 - code for code in codes if code < 0), 0)
 
 
 def _wait(started: Sequence[subprocess.Popen]) -> list[int]:

@@ -169,13 +169,22 @@ def together(make: Callable[[], T]) -> list[T]:
 
     Raises:
         InputError: that of the first process in which `make` raised one, in all processes.
+        RuntimeError: `make` raised something else in another process.
     """
     if count() == 1:
         return [make()]
-    found = gather(_tried(make))
-    for _, error in found:
-        if error is not None:
-            raise InputError(error)
+    made, error = None, None
+    try:
+        made = make()
+    except Exception as raised:  # the others are waiting, and have to be told of anything
+        error = raised
+    refused = isinstance(error, InputError)
+    found = gather((made, None if error is None else (refused, f"{error}")))
+    if error is not None and not refused:
+        raise error
+    for process, (_, told) in enumerate(found):
+        if told is not None:
+            raise InputError(told[1]) if told[0] else RuntimeError(f"process {process}: {told[1]}")
     return [value for value, _ in found]
 
 
@@ -187,10 +196,3 @@ def from_first(make: Callable[[], T]) -> T:
     """
     first: list[Any] = together(lambda: make() if is_first() else None)
     return first[0]
-
-
-def _tried(make: Callable[[], Any]) -> tuple[Any, str | None]:
-    try:
-        return make(), None
-    except InputError as error:
-        return None, str(error)

@@ -103,6 +103,14 @@ def test_gpus_are_shared_among_the_processes_of_a_machine(monkeypatch):
         launch.run_here(["run", "x.yaml"], 0)
 
 
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [([0, 0], 0), ([0, 1], 1), ([-9, 2], 2), ([1, 2], 2), ([-9, 1], 1), ([0, -9], 137)],
+)
+def test_the_exit_code_is_that_of_what_went_wrong(codes, expected):
+    assert launch._together(codes) == expected
+
+
 # Runs
 
 

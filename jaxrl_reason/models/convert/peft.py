@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_reason.errors import InputError
@@ -18,6 +17,7 @@ from jaxrl_reason.models.convert.read import as_tree, at_path, check_tensors, lo
 from jaxrl_reason.models.convert.write import check_params, write_tensors
 from jaxrl_reason.models.decoder import Model, Params
 from jaxrl_reason.models.lora import ADAPTER, LoRAConfig, has_adapter, without_adapter
+from jaxrl_reason.processes import is_first
 
 CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -67,12 +67,12 @@ def save_adapter(
     weights = _weights(linears, lora)
     check_params(weights, _only_adapter(params))
     unfinished = path.with_name(f".{path.name}.unfinished")
-    if jax.process_index() == 0:
+    if is_first():
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     limit = 1 << 62  # PEFT reads one file
     write_tensors(unfinished, weights, params, dtype=None, limit=limit, file=ADAPTER_FILE)
-    if jax.process_index() == 0:
+    if is_first():
         config = _write_config(model.config, lora, linears, base)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (unfinished / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -33,6 +33,7 @@ from jaxrl_reason.models.convert.read import check_tensors, load_weights, placed
 from jaxrl_reason.models.convert.write import check_params, write_json, write_tensors
 from jaxrl_reason.models.decoder import Model, Params
 from jaxrl_reason.models.lora import has_adapter, merge_lora
+from jaxrl_reason.processes import is_first, wait
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -112,7 +113,7 @@ def save_pretrained(
     check_params(weights, params)
 
     unfinished = path.with_name(f".{path.name}.unfinished")
-    first = jax.process_index() == 0
+    first = is_first()
     if first:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -120,13 +121,13 @@ def save_pretrained(
         write_tensors(unfinished, weights, params, dtype=dtype, limit=limit)
         if first:
             _write_rest(unfinished, hf, tokenizer, source)
-        _wait("save_pretrained: written")
+        wait("save_pretrained: written")
         if check:
             check_directory(model, params, unfinished, dtype)
-        _wait("save_pretrained: checked")
+        wait("save_pretrained: checked")
         if first:
             os.replace(unfinished, path)
-        _wait("save_pretrained: named")
+        wait("save_pretrained: named")
     finally:
         if first:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -181,11 +182,6 @@ def _write_rest(directory: Path, hf: PretrainedConfig, tokenizer, source: Path |
         write_json(generation, {k: v for k, v in tokens.items() if v is not None})
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-
-
-def _wait(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def check_directory(model: Model, params: Params, directory: Path, dtype: DType | None) -> None:

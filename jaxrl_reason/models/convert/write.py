@@ -20,6 +20,7 @@ from jaxrl_reason.models.convert.files import INDEX_FILE, WEIGHTS_FILE
 from jaxrl_reason.models.convert.names import Sizes, Weight, parts_of
 from jaxrl_reason.models.convert.read import at_path
 from jaxrl_reason.models.decoder import Params
+from jaxrl_reason.processes import is_first
 
 
 def check_params(weights: Iterable[Weight], params: Params) -> None:
@@ -68,9 +69,9 @@ def write_tensors(
         while waiting and waiting[0][1][-1] in held:
             name, tensors = waiting.popleft()
             content = {tensor: held.pop(tensor) for tensor in tensors}
-            if jax.process_index() == 0:
+            if is_first():
                 save_file(content, directory / name, metadata={"format": "pt"})
-    if len(files) > 1 and jax.process_index() == 0:
+    if len(files) > 1 and is_first():
         file_of = {tensor: f for f, group in zip(files, groups, strict=True) for tensor in group}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         write_json(directory / INDEX_FILE, index)
