@@ -1,8 +1,9 @@
 """One mesh over whatever devices are there, and where every array lies on it.
 
 Parameters name their logical axes where they are declared (`Model.axes`); `AxisRules` maps those
-names to mesh axes. Batches are cut over `data`, `fsdp` and `expert` together. The same code serves
-one CPU, eight virtual devices and a node of GPUs; one configuration field changes the mesh.
+names to mesh axes. Batches are cut over `data`, `fsdp` and `expert` together, and what a
+model makes of their tokens also over `context`. The same code serves one CPU, eight virtual devices
+and a pod; one configuration field changes the mesh.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from jaxrl_reason.errors import InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor")
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
 
 
@@ -34,15 +35,18 @@ class MeshConfig:
     """Devices over which parameters, optimiser state and the batch are cut."""
     expert: int = 1
     """Devices over which the experts of a mixture and the batch are cut."""
+    context: int = 1
+    """Devices over which the tokens of a row are cut in training, the rows in sampling, and
+    parameters and optimiser state as over `fsdp`; for long rows."""
     tensor: int = 1
     """Devices over which heads, MLP and vocabulary are cut."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AxisRules:
-    """Mesh axis (or None, replicated) for each logical axis name of a parameter."""
+    """Mesh axis, or several, or None (replicated) for each logical axis name of a parameter."""
 
-    rules: Mapping[str, str | None]
+    rules: Mapping[str, str | tuple[str, ...] | None]
 
     def spec(self, names: Sequence[str]) -> PartitionSpec:
         """The partition of one parameter.
@@ -54,7 +58,7 @@ class AxisRules:
         if unknown:
             raise ValueError(f"no rule for logical axes {unknown}; rules: {sorted(self.rules)}")
         axes = [self.rules[name] for name in names]
-        used = [axis for axis in axes if axis is not None]
+        used = [axis for entry in axes for axis in axes_of(entry)]
         if len(used) != len(set(used)):
             raise ValueError(f"logical axes {tuple(names)} use a mesh axis twice: {axes}")
         return PartitionSpec(*axes)
@@ -63,7 +67,7 @@ class AxisRules:
 DEFAULT_RULES = AxisRules(
     {
         "vocab": "tensor",
-        "embed": "fsdp",
+        "embed": ("fsdp", "context"),
         "mlp": "tensor",
         "heads": "tensor",
         "kv_heads": "tensor",
@@ -144,11 +148,13 @@ def tree_shardings(mesh: Mesh, axes, shapes, rules: AxisRules = DEFAULT_RULES):
     problems = []
 
     def sharding(path, names, shape):
-        spec = rules.spec(names)
-        for name, axis, size in zip(names, spec, shape.shape, strict=True):
-            if axis is not None and size % mesh.shape[axis]:
+        spec = PartitionSpec(*(_present(mesh, entry) for entry in rules.spec(names)))
+        for name, entry, size in zip(names, spec, shape.shape, strict=True):
+            sizes = {axis: mesh.shape[axis] for axis in axes_of(entry)}
+            if size % math.prod(sizes.values()):
                 where = jax.tree_util.keystr(path, simple=True, separator="/")
-                problems.append(f"{where}: {name}={size} over {axis}={mesh.shape[axis]}")
+                over = " x ".join(f"{axis}={count}" for axis, count in sizes.items())
+                problems.append(f"{where}: {name}={size} over {over}")
         return NamedSharding(mesh, spec)
 
     is_names = lambda x: isinstance(x, tuple)
@@ -158,6 +164,21 @@ def tree_shardings(mesh: Mesh, axes, shapes, rules: AxisRules = DEFAULT_RULES):
             "these parameters cannot be cut evenly over the mesh: " + "; ".join(problems)
         )
     return result
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a partition names."""
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _present(mesh: Mesh, entry: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """Of several axes those which the mesh has more than one device along; the first, if none."""
+    if not isinstance(entry, tuple):
+        return entry
+    cut = tuple(axis for axis in entry if mesh.shape.get(axis, 1) > 1) or entry[:1]
+    return cut if len(cut) > 1 else cut[0]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -191,6 +191,8 @@ LAYOUTS = [
     ({"data": 2, "fsdp": 2, "tensor": 2}, 1, 8),
     ({"data": 8}, 2, 4),
     ({"data": 1, "fsdp": 4, "tensor": 2}, 2, 4),
+    ({"data": 1, "fsdp": 2, "context": 2, "tensor": 2}, 1, 8),
+    ({"data": 1, "context": 8}, 2, 4),
 ]
 
 
@@ -200,7 +202,7 @@ def write_config(folder: Path) -> Path:
     (folder / "rewards_of_processes.py").write_text(REWARDS)
     tiny = yaml.safe_load((Path(__file__).parent / "tiny_run.yaml").read_text())
     # No dimension is too small for any of the meshes.
-    tiny["model"]["changes"] |= {"num_key_value_heads": 2}
+    tiny["model"]["changes"] |= {"num_attention_heads": 8, "num_key_value_heads": 2}
     stages = yaml.safe_load(STAGES.replace("\nstages:", f"\nstages:{KEEP.rstrip()}"))
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump({"name": "many", **tiny, **stages}, sort_keys=False))

@@ -25,10 +25,10 @@ from jaxrl_reason.sharding import (
 
 def test_minus_one_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
     assert batch_multiple(mesh) == 4
     mesh = make_mesh(MeshConfig(expert=4))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "tensor": 1}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "expert": 4, "context": 1, "tensor": 1}
     assert batch_multiple(mesh) == 8
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape)["data"] == 1
 
@@ -71,23 +71,23 @@ def apart(one: Chip, other: Chip) -> int:
 
 
 def test_neighbours_along_tensor_are_neighbours_in_the_network():
-    grid = sharding._arranged(slices(1, 4, 4, 4), (1, 16, 1, 4))
+    grid = sharding._arranged(slices(1, 4, 4, 4), (1, 16, 1, 1, 4))
     for group in grid.reshape(16, 4):
         assert max(apart(*pair) for pair in itertools.pairwise(group)) == 1
     assert len({chip.id for chip in grid.flat}) == 64
 
 
 def test_slices_hold_whole_replicas():
-    grid = sharding._arranged(slices(2, 2, 2, 4), (4, 4, 1, 2))
+    grid = sharding._arranged(slices(2, 2, 2, 4), (4, 4, 1, 1, 2))
     for replica in grid:
         assert len({chip.slice_index for chip in replica.flat}) == 1
     with pytest.raises(InputError, match=r"mesh\.data=1 must be a multiple of the 2 slices"):
-        sharding._arranged(slices(2, 2, 2, 4), (1, 16, 1, 2))
+        sharding._arranged(slices(2, 2, 2, 4), (1, 16, 1, 1, 2))
 
 
 def test_tensor_stays_within_a_process_where_there_is_no_network_to_see():
     mixed = [Chip(i, process_index=i % 2, platform="gpu") for i in range(8)]
-    grid = sharding._arranged(mixed, (1, 2, 1, 4))
+    grid = sharding._arranged(mixed, (1, 2, 1, 1, 4))
     for group in grid.reshape(2, 4):
         assert len({chip.process_index for chip in group}) == 1
 

@@ -17,9 +17,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.models.attention import Attention, Mix
-from jaxrl_reason.models.attention_rows import row_attention
+from jaxrl_reason.models.attention_rows import ALONG_LENGTH, BY_ROW, Axes, row_attention
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.layers import GatedMLP, RMSNorm, remat
+from jaxrl_reason.models.mesh import LENGTH_AXIS, along_length, from_width, size_of
 from jaxrl_reason.models.moe import MoE, RouterStats
 from jaxrl_reason.models.paged import Pages, PageTable, Place, attend_pages
 from jaxrl_reason.models.rotary import Rotation, rotation
@@ -161,17 +162,25 @@ class Model:
         branch_ids: Int[Array, "B T"] | None = None,
         visual: Visual | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """`forward`, and what the routers of all layers counted; None without experts."""
+        """`forward`, and what the routers of all layers counted; None without experts.
+
+        On a mesh with an axis `context` the tokens of a row are cut over it.
+        """
+        length = tokens.shape[1]
+        tokens, positions, segment_ids, branch_ids, visual = _even(
+            tokens, positions, segment_ids, branch_ids, visual
+        )
         x, deep = self._embed(params, tokens, visual)
-        layer_of = self._layers(positions, segment_ids, branch_ids, deep)
+        layer_of = self._layers(positions, segment_ids, branch_ids, deep, ALONG_LENGTH)
 
         def body(x, layer):
-            x, _, stats = layer_of(x, layer)
-            return x, stats
+            x, _, stats = layer_of(along_length(x), layer)
+            return along_length(x), stats
 
         layers = self._scanned(params["layers"])
-        x, stats = jax.lax.scan(remat(body, self.config.remat), x, layers)
-        return Ends(self.config).apply({"params": _ends(params)}, x, method="norm"), stats
+        x, stats = jax.lax.scan(remat(body, self.config.remat), from_width(x), layers)
+        x = Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
+        return x[:, :length], stats
 
     def visual_features(self, params: Params, visual: Visual) -> dict[str, Array]:
         """`features` [B M D] of images and videos, and with deepstack `deep_features` [B K M D].
@@ -197,7 +206,7 @@ class Model:
     ) -> tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
         """Keys and values of all layers for rows of packed tokens; arguments as in `forward`."""
         x, deep = self._embed(params, tokens, visual)
-        layer_of = self._layers(positions, segment_ids, None, deep)
+        layer_of = self._layers(positions, segment_ids, None, deep, BY_ROW)
         body = lambda x, layer: layer_of(x, layer)[:2]
         return jax.lax.scan(body, x, self._scanned(params["layers"]))[1]
 
@@ -278,10 +287,10 @@ class Model:
         numbers = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
         return layers, numbers, jnp.asarray(self.config.sliding_layers)
 
-    def _layers(self, positions, segment_ids, branch_ids, deep) -> Callable:
+    def _layers(self, positions, segment_ids, branch_ids, deep, axes: Axes) -> Callable:
         """One block on rows, as a function of x and of an entry of `_scanned`."""
         kinds = set(self.config.sliding_layers)
-        mix_of = row_attention(self.config, segment_ids, branch_ids, positions)
+        mix_of = row_attention(self.config, segment_ids, branch_ids, positions, axes=axes)
         turns = {kind: rotation(self.config, positions, sliding=kind) for kind in kinds}
         block, mask = Block(self.config), segment_ids > 0
 
@@ -301,6 +310,22 @@ class Model:
             return x, kept, stats
 
         return layer_of
+
+
+def _even(tokens, positions, segment_ids, branch_ids, visual):
+    """The same with padding at the end, so that `LENGTH_AXIS` divides the tokens of a row."""
+    missing = -tokens.shape[1] % size_of(jax.sharding.get_abstract_mesh(), (LENGTH_AXIS,))
+    if not missing:
+        return tokens, positions, segment_ids, branch_ids, visual
+
+    def pad(x, value=0):
+        widths = ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2))
+        return jnp.pad(x, widths, constant_values=value)
+
+    ids = (tokens, positions, segment_ids, branch_ids)
+    if visual is not None:
+        visual = {**visual, "visual_index": pad(visual["visual_index"], -1)}
+    return (*(None if x is None else pad(x) for x in ids), visual)
 
 
 def _ends(params: Params) -> Params:

@@ -1,13 +1,19 @@
 """The mesh that the caller has set (`jax.set_mesh`), as the parts of a model see it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jaxtyping import Array
 
 ROW_AXES = ("data", "fsdp", "expert")
-"""Mesh axes over which rows are cut."""
+"""Mesh axes over which rows are cut in training."""
+LENGTH_AXIS = "context"
+"""The mesh axis over which the tokens of a row are cut in training; in sampling it cuts rows."""
+TOKEN_AXES = (*ROW_AXES, LENGTH_AXIS)
+"""Mesh axes over which tokens are cut, whichever way."""
 HEAD_AXES = ("tensor",)
 """Mesh axes over which heads are cut."""
 
@@ -27,13 +33,41 @@ def automatic_axes(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]
 
 
 def row_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
-    """The axes over which so many rows are cut: all of `ROW_AXES` that divide them, in order."""
+    """The axes that cut so many rows or tokens: all of `TOKEN_AXES` that divide them, in order."""
     chosen, size = [], 1
-    for axis in automatic_axes(mesh, ROW_AXES):
+    for axis in automatic_axes(mesh, TOKEN_AXES):
         if rows % (size * mesh.shape[axis]) == 0:
             chosen.append(axis)
             size *= mesh.shape[axis]
     return tuple(chosen)
+
+
+def along_length(x: Array) -> Array:
+    """[B, T, ...] with its tokens cut along `LENGTH_AXIS`, where that divides them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    count = size_of(mesh, (LENGTH_AXIS,))
+    if count == 1 or x.shape[1] % count:
+        return x
+    rows = automatic_axes(mesh, ROW_AXES)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, LENGTH_AXIS))
+
+
+def from_width(x: Array) -> Array:
+    """`along_length` of what is cut over `LENGTH_AXIS` by the width, as an embedding is.
+
+    The compiler would otherwise gather what moves from one axis of an array to two.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    count = size_of(mesh, (LENGTH_AXIS,))
+    if count > 1 and x.shape[-1] % count == 0:
+        rows = automatic_axes(mesh, ROW_AXES)
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(rows, None, LENGTH_AXIS))
+    return along_length(x)
+
+
+def size_of(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
+    """Devices along these axes, as far as no enclosing `shard_map` has taken them."""
+    return math.prod(mesh.shape[axis] for axis in automatic_axes(mesh, axes))
 
 
 def by_rows(function: Callable, rows: int) -> Callable:

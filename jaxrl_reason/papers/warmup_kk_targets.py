@@ -67,8 +67,8 @@ class Colouring:
 
     def words(self) -> tuple[str, ...]:
         """Names, colours and the words of the sentences."""
-        text = "Colour, with red, green or blue so that ends of an edge differ: ;."
-        search = "Assume is cannot be contradiction Options for are used up return to and reset"
+        text = "Colour, with red, green or blue unlike: ;."
+        search = "Assume is Options for are used up return to and reset"
         return shared.split_words((*_NAMES, text, search, _FEASIBLE))
 
     def generate(self, split: Split, index: int, difficulty: int | None = None) -> Problem:
@@ -77,10 +77,12 @@ class Colouring:
             shared.check_whole("difficulty", difficulty, low=4, high=_MOST)
         names, edges = shared.draw(self, split, index, difficulty)
         _, found = _search(names, edges)
-        joined = "; ".join(f"{names[u]} {names[v]}" for u, v in edges)
+        unlike = "; ".join(
+            f"{names[v]} unlike {' '.join(names[u] for u in _before(edges, v))}"
+            for v in sorted({max(edge) for edge in edges})
+        )
         return Problem(
-            prompt=f"Colour {' '.join(names)} with red, green or blue so that ends of an edge "
-            f"differ: {joined}.",
+            prompt=f"Colour {' '.join(names)} with red, green or blue: {unlike}.",
             answer=_coloured(names, found),
             columns={
                 "difficulty": len(names),
@@ -250,24 +252,28 @@ def _search(names: Sequence[str], edges: Sequence[tuple[int, int]]) -> tuple[lis
     options = {0: list(COLOURS)}
     chosen: list[str] = []
     while len(chosen) < len(names):
-        at = len(chosen)
-        if not options[at]:
-            if at == 0:
-                return lines, []
+        at, name = len(chosen), names[len(chosen)]
+        nearby = _before(edges, at)
+        taken = {chosen[u] for u in nearby}
+        seen = f"{name} unlike {', '.join(f'{names[u]} {chosen[u]}' for u in nearby)}. "
+        left = [colour for colour in options[at] if colour not in taken]
+        if left:
+            lines.append(f"{seen if nearby else ''}Assume {name} is {left[0]}.")
+            options[at] = left[1:]
+            chosen.append(left[0])
+            options[at + 1] = list(COLOURS)
+        elif at == 0:
+            return lines, []
+        else:
             chosen.pop()
-            before, name = names[at - 1], names[at]
-            lines.append(f"Options for {name} are used up: return to {before} and reset {name}.")
-            continue
-        colour = options[at].pop(0)
-        nearby = [u + v - at for u, v in edges if at in (u, v) and max(u, v) == at]
-        clash = next((names[u] for u in nearby if chosen[u] == colour), None)
-        if clash:
-            lines.append(f"{names[at]} cannot be {colour}: contradiction with {clash}.")
-            continue
-        lines.append(f"Assume {names[at]} is {colour}.")
-        chosen.append(colour)
-        options[at + 1] = list(COLOURS)
+            back = f"return to {names[at - 1]} and reset {name}"
+            lines.append(f"{seen if nearby else ''}Options for {name} are used up: {back}.")
     return [*lines, _FEASIBLE], chosen
+
+
+def _before(edges: Sequence[tuple[int, int]], vertex: int) -> list[int]:
+    """The neighbours of a vertex that come before it."""
+    return sorted(min(edge) for edge in edges if max(edge) == vertex)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -125,13 +125,15 @@ def _meshes(
     count = len(topology.devices)
     shape = config.model.resolve(vocab_size=8)
     sizes = [n for n in range(1, count + 1) if count % n == 0]
+    parts = max(1, config.mesh.context)
     tensors = [n for n in sizes if n <= 8 and shape.num_key_value_heads % n == 0]
     experts = [n for n in sizes if shape.num_experts and shape.num_experts % n == 0] or [1]
     for tensor in tensors:
         for expert in experts:
-            for fsdp in (n for n in sizes if count % (tensor * expert * n) == 0):
-                data = count // (tensor * expert * fsdp)
+            for fsdp in (n for n in sizes if count % (tensor * expert * parts * n) == 0):
+                data = count // (tensor * expert * fsdp * parts)
                 mesh = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+                mesh |= {"context": parts} if config.mesh.context != 1 else {}
                 changes = {f"mesh.{axis}": size for axis, size in mesh.items()}
                 words = [f"{name}={value}" for name, value in changes.items()]
                 try:

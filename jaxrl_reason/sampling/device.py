@@ -12,16 +12,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, Pages, Params, empty_pages
-from jaxrl_reason.models.mesh import ROW_AXES
+from jaxrl_reason.models.mesh import TOKEN_AXES
 from jaxrl_reason.sampling.batch import Batch, Prefill, RowShape
 from jaxrl_reason.sampling.decode import DecodeOptions, Dispatch, Drawn, decode, prefill
 from jaxrl_reason.sampling.filters import SamplingConfig
 from jaxrl_reason.sampling.shapes import Level, Programs, make_levels, named
-from jaxrl_reason.sharding import put
+from jaxrl_reason.sharding import axes_of, put
 
 FEWEST_ROWS = 8
 PREFILL_TOKENS = 8192
 BIASED_TOKENS = 16
+
+_GATHERED = {"fsdp", "context"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ class Device:
 
     @property
     def _row_axes(self) -> tuple[str, ...]:
-        return tuple(axis for axis in ROW_AXES if axis in self.mesh.shape)
+        return tuple(axis for axis in TOKEN_AXES if axis in self.mesh.shape)
 
     def pages(self, tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -144,10 +146,10 @@ class Device:
         return empty_pages(self.model.config, level.context_pages, own_pages, self.page_size)
 
     def place(self, params: Params) -> Params:
-        """Parameters where decoding reads them: in place, or gathered once if cut over `fsdp`.
+        """Parameters where decoding reads them: in place, or gathered once.
 
-        A decode step reads every parameter for a single token of each row. Cut over `fsdp` it would
-        gather all of them at every step.
+        A decode step reads every parameter for a single token of each row. Cut over `fsdp` or
+        `context`, all of them would be gathered at every step.
         """
         if not self.gathers:
             return params
@@ -156,7 +158,7 @@ class Device:
     @property
     def gathers(self) -> bool:
         """Whether decoding reads other copies of the parameters than training."""
-        return self.mesh.shape["fsdp"] > 1
+        return any(self.mesh.shape.get(axis, 1) > 1 for axis in _GATHERED)
 
     def gather_program(self, params: Params):
         """What makes those copies, of parameters with these shapes and shardings."""
@@ -169,7 +171,7 @@ class Device:
         """Shapes of the parameters with where they lie for decoding."""
 
         def gathered(x):
-            spec = [None if axis == "fsdp" else axis for axis in x.sharding.spec]
+            spec = [None if {*axes_of(axes)} & _GATHERED else axes for axes in x.sharding.spec]
             place = NamedSharding(self.mesh, PartitionSpec(*spec))
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxrl_reason.logprobs import chunked_target_logprobs, chunked_token_logprobs
 from jaxrl_reason.models import Model, Params
-from jaxrl_reason.models.mesh import row_axes
+from jaxrl_reason.models.mesh import LENGTH_AXIS, ROW_AXES, along_length, row_axes, size_of
 from jaxrl_reason.steps.accumulate import used_microbatches
 
 _WHOLE_LOGITS = 2**27
@@ -104,7 +104,7 @@ def target_logprobs(
         branch_ids=rows["branch_ids"],
         visual=visual_of(rows),
     )
-    states = jnp.take_along_axis(hidden, rows["sources"][..., None], axis=1)
+    states = along_length(jnp.take_along_axis(hidden, rows["sources"][..., None], axis=1))
     head, targets = model.unembedding(params), rows["targets"]
     return chunked_target_logprobs(
         states,
@@ -147,9 +147,10 @@ def make_batch_logprobs(
 
 
 def _chunk_size(given: int | None, tokens: Int[Array, "B T"], head: Float[Array, "D V"]) -> int:
-    """Tokens of all devices together, from those of one, which has a part of the rows."""
+    """Tokens of all devices together, from those of one, which has a part of them."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = math.prod(mesh.shape[axis] for axis in row_axes(mesh, tokens.shape[0]))
+    over_rows = [axis for axis in row_axes(mesh, tokens.shape[0]) if axis in ROW_AXES]
+    parts = math.prod(mesh.shape[axis] for axis in over_rows) * size_of(mesh, (LENGTH_AXIS,))
     if given is not None:
         return parts * given
     if tokens.size * head.shape[1] <= parts * _WHOLE_LOGITS:

@@ -79,12 +79,25 @@ def test_facts_are_true():
         assert row["completion"] == shown
 
 
+def pairs_of(unlike):
+    """The edges of `Q unlike P; R unlike P Q`."""
+    clauses = (clause.split(" unlike ") for clause in unlike.split("; "))
+    return [{vertex, other} for vertex, others in clauses for other in others.split()]
+
+
+def test_a_prompt_says_every_edge_once():
+    for problem in GRAPHS[:50]:
+        names, edges = problem.columns["names"], problem.columns["edges"]
+        said = pairs_of(problem.prompt.removesuffix(".").split("blue: ")[1])
+        assert sorted(map(sorted, said)) == sorted(sorted(names[v] for v in e) for e in edges)
+
+
 def test_a_colour_is_refused_if_and_only_if_a_neighbour_has_it():
     said = collections.Counter()
-    pattern = re.compile(r"differ: (.*)\. (\w) is (\w+)\. Can (\w) be (\w+)\?")
+    pattern = re.compile(r"blue: (.*)\. (\w) is (\w+)\. Can (\w) be (\w+)\?")
     for row in base(edges=1.0):
         edges, u, colour, v, other = pattern.search(row["prompt"]).groups()
-        pairs = [set(pair.split()) for pair in edges.split("; ")]
+        pairs = pairs_of(edges)
         refused = {u, v} in pairs and colour == other
         assert u != v
         assert row["completion"] == ("no" if refused else "yes")
