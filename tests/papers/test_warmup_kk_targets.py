@@ -102,9 +102,8 @@ def test_both_equations_must_hold(answer, usable, correct):
 
 def test_the_search_for_a_colouring():
     assert GRAPHS.trace(GRAPH, "long") == (
-        "<think> Assume P is red.\nQ cannot be red: contradiction with P.\nAssume Q is green.\n"
-        "R cannot be red: contradiction with P.\nR cannot be green: contradiction with Q.\n"
-        "Assume R is blue.\nS cannot be red: contradiction with P.\nAssume S is green.\n"
+        "<think> Assume P is red.\nQ unlike P red. Assume Q is green.\n"
+        "R unlike P red, Q green. Assume R is blue.\nS unlike P red. Assume S is green.\n"
         "This assignment is feasible. </think> <answer> P red, Q green, R blue, S green </answer>"
     )
     assert GRAPHS.trace(GRAPH, "short").startswith("<think> P red Q green;\nQ green R blue;\n")
@@ -122,13 +121,13 @@ def test_the_search_returns_from_a_dead_end():
     text = GRAPHS.trace(Problem(prompt="", answer=answer, columns=columns), "long")
     assert text.count("Options for T are used up: return to S and reset T.") == 2
     assert "Options for R are used up: return to Q and reset R." in text
-    thought = text[text.index("Assume Q is green") :]
-    assert [line for line in thought.split("\n") if line.startswith("Assume")] == [
-        "Assume Q is green.",
-        "Assume R is red.",
-        "Assume S is blue.",
-        "Assume T is green.",
-    ]
+    assert text[text.index("Assume Q is green") :].startswith(
+        "Assume Q is green.\n"
+        "R unlike Q green. Assume R is red.\n"
+        "S unlike Q green, R red. Assume S is blue.\n"
+        "T unlike P red, R red, S blue. Assume T is green.\n"
+        "This assignment is feasible."
+    )
 
 
 def test_the_search_for_a_solution():
