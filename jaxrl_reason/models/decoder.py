@@ -170,7 +170,7 @@ class Model:
         tokens, positions, segment_ids, branch_ids, visual = _even(
             tokens, positions, segment_ids, branch_ids, visual
         )
-        x, deep = self._embed(params, tokens, visual)
+        x, deep = self._embed(params, tokens, visual, ALONG_LENGTH)
         layer_of = self._layers(positions, segment_ids, branch_ids, deep, ALONG_LENGTH)
 
         def body(x, layer):
@@ -178,7 +178,7 @@ class Model:
             return along_length(x), stats
 
         layers = self._scanned(params["layers"])
-        x, stats = jax.lax.scan(remat(body, self.config.remat), from_width(x), layers)
+        x, stats = jax.lax.scan(remat(body, self.config.remat), x, layers)
         x = Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
         return x[:, :length], stats
 
@@ -205,7 +205,7 @@ class Model:
         visual: Visual | None = None,
     ) -> tuple[Float[Array, "L B S K H"], Float[Array, "L B S K H"]]:
         """Keys and values of all layers for rows of packed tokens; arguments as in `forward`."""
-        x, deep = self._embed(params, tokens, visual)
+        x, deep = self._embed(params, tokens, visual, BY_ROW)
         layer_of = self._layers(positions, segment_ids, None, deep, BY_ROW)
         body = lambda x, layer: layer_of(x, layer)[:2]
         return jax.lax.scan(body, x, self._scanned(params["layers"]))[1]
@@ -271,16 +271,20 @@ class Model:
         return (params["embedding"] if self.config.tie_word_embeddings else params["head"]).T
 
     def _embed(
-        self, params: Params, tokens: Int[Array, "B T"], visual: Visual | None
+        self, params: Params, tokens: Int[Array, "B T"], visual: Visual | None, axes: Axes
     ) -> tuple[Float[Array, "B T D"], Float[Array, "K B T D"] | None]:
         """What the blocks begin with, and what is added after each of the first K."""
         x = Ends(self.config).apply({"params": _ends(params)}, tokens, method="embed")
+        x = from_width(x) if axes.length else x
         if visual is None:
             return x, None
         index = visual["visual_index"]
         found = visual if "features" in visual else self.visual_features(params, visual)
         x, deep = splice_features(x, found["features"], index), found.get("deep_features")
-        return x, None if deep is None else place_deep(jnp.moveaxis(deep, 1, 0), index)
+        if deep is None:
+            return x, None
+        deep = place_deep(jnp.moveaxis(deep, 1, 0), index)
+        return x, along_length(deep, before=1) if axes.length else deep
 
     def _scanned(self, layers: Params) -> tuple[Params, Int[Array, " L"], Bool[Array, " L"]]:
         """What a loop over layers reads: parameters, number, and whether the layer slides."""

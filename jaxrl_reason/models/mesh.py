@@ -42,14 +42,19 @@ def row_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def along_length(x: Array) -> Array:
-    """[B, T, ...] with its tokens cut along `LENGTH_AXIS`, where that divides them."""
+def along_length(x: Array, *, before: int = 0) -> Array:
+    """[B, T, ...] with its tokens cut along `LENGTH_AXIS`, where that divides them.
+
+    Args:
+        x: the array.
+        before: axes that it has before B.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     count = size_of(mesh, (LENGTH_AXIS,))
-    if count == 1 or x.shape[1] % count:
+    if count == 1 or x.shape[before + 1] % count:
         return x
-    rows = automatic_axes(mesh, ROW_AXES)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(rows, LENGTH_AXIS))
+    place = PartitionSpec(*(None,) * before, automatic_axes(mesh, ROW_AXES), LENGTH_AXIS)
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def from_width(x: Array) -> Array:

@@ -101,6 +101,30 @@ def test_other_layers_too(changes):
         np.testing.assert_allclose(y, x, atol=1e-5 * float(jnp.max(jnp.abs(x))) + 1e-7)
 
 
+def test_features_of_images_among_the_tokens():
+    model, rng = Model(CONFIG), np.random.default_rng(1)
+    params, batch = jax.jit(model.init)(jax.random.key(0)), rows(45)
+    index = np.full((8, 45), -1, np.int32)
+    index[:, 12:20] = np.arange(8)
+    batch["visual_index"] = index
+    batch["features"] = rng.normal(size=(8, 8, 32)).astype(np.float32)
+    batch["deep_features"] = rng.normal(size=(8, 1, 8, 32)).astype(np.float32)
+
+    def hidden(params, batch):
+        names = ("tokens", "positions", "segment_ids", "branch_ids")
+        visual = {name: batch[name] for name in ("visual_index", "features", "deep_features")}
+        tokens, *rest = (batch[name] for name in names)
+        return model.forward(
+            params, tokens, visual=visual, **dict(zip(names[1:], rest, strict=True))
+        )
+
+    expected = jax.jit(hidden)(params, batch)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, context=4))
+    placed = jax.device_put(params, tree_shardings(mesh, model.axes(), params))
+    found = OnMesh(jax.jit(hidden), mesh)(placed, place_batch(batch, mesh))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_heads_that_do_not_divide_leave_the_plain_backend():
     mesh = make_mesh(MeshConfig(data=1, context=8)).abstract_mesh
     odd = dataclasses.replace(CONFIG, num_attention_heads=6, attention="blockwise")

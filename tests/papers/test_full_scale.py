@@ -19,11 +19,19 @@ from jaxrl_reason.cli import main
 from jaxrl_reason.data.sources import read_source
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "papers").glob("*/full.yaml"))
+PODS = sorted((Path(__file__).parents[2] / "configs" / "pods").glob("*.yaml"))
 FAMILIES = {
     "Qwen/Qwen2.5-3B": "qwen2",
     "Qwen/Qwen2.5-VL-3B-Instruct": "qwen2_5_vl",
     "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
     "Qwen/Qwen3-VL-4B-Instruct": "qwen3_vl",
+}
+FAMILIES_OF_PODS = {
+    "Qwen/Qwen2.5-7B": "qwen2",
+    "Qwen/Qwen3-8B-Base": "qwen3",
+    "Qwen/Qwen3-32B": "qwen3",
+    "Qwen/Qwen3-30B-A3B-Base": "qwen3_moe",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "qwen2_5_vl",
 }
 ROWS = 24
 LONGEST = {"factum": 1280, "warmup_kk": 1536}
@@ -52,6 +60,16 @@ HUB = {
         "images": [picture(i)],
         "problem": f"Find x if x + {i} = 40.",
         "answer": f"Step 1: subtract. The answer is \\boxed{{{40 - i}}}.",
+    },
+    "agentica-org/DeepScaleR-Preview-Dataset": lambda i: {
+        "problem": f"What is {i} + 6?",
+        "answer": str(i + 6),
+        "solution": "Add 6.",
+    },
+    "open-r1/OpenR1-Math-220k": lambda i: {
+        "problem": f"What is {i} + 7?",
+        "solution": f"Add 7, which gives \\boxed{{{i + 7}}}.",
+        "answer": str(i + 7),
     },
     "hiyouga/geometry3k": lambda i: {
         "images": [picture(i)],
@@ -158,7 +176,8 @@ def model(directories, tmp_path):
     """Copies the tiny model of a family, with room for long texts."""
 
     def copy(name: str) -> str:
-        folder = Path(shutil.copytree(directories[FAMILIES[name]], tmp_path / "model"))
+        family = (FAMILIES | FAMILIES_OF_PODS)[name]
+        folder = Path(shutil.copytree(directories[family], tmp_path / "model"))
         path = folder / "config.json"
         found = json.loads(path.read_text(encoding="utf-8"))
         found.get("text_config", found)["max_position_embeddings"] = 4096
@@ -204,6 +223,8 @@ def test_every_recipe_is_tested():
     assert len(CONFIGS) == 6
     models = {yaml.safe_load(path.read_text())["run"]["model"]["path"] for path in CONFIGS}
     assert models == FAMILIES.keys()
+    models = {yaml.safe_load(path.read_text())["model"]["path"] for path in PODS}
+    assert models == FAMILIES_OF_PODS.keys()
 
 
 def test_the_rows_are_read_as_those_of_the_recipes(data):
@@ -234,5 +255,35 @@ def test_two_steps_of_every_stage(data, model, path, capsys):
         folder = data / "runs" / ".smoke" / name / "full" / "seed_0" / stage
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [json.loads(line) for line in lines]
+        assert [row["step"] for row in metrics] == [1, 2]
+        assert all(np.isfinite(row["loss"]) and row["nonfinite_steps"] == 0 for row in metrics)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+def test_two_steps_of_every_stage_of_a_pod(data, model, path, capsys):
+    run = yaml.safe_load(path.read_text(encoding="utf-8"))
+    cut(run)
+    run["model"]["path"] = model(run["model"]["path"])
+    run["mesh"]["expert"] = min(run["mesh"].get("expert", 1), 4)
+    run["evaluation"] |= {"problems": 8, "batch_size": 8}
+    for stage in run["stages"].values():
+        stage |= {"steps": 2, "save_steps": 2}
+        if stage["kind"] == "grpo":
+            stage["prompts_per_step"] = 8
+        if stage["kind"] == "dpo":
+            # A random model writes nothing that verifiers tell apart.
+            row = lambda i: {"prompt": f"{i}?", "chosen": "yes", "rejected": "no"}
+            rows = "".join(json.dumps(row(i)) + "\n" for i in range(ROWS))
+            (data / "pairs.jsonl").write_text(rows, encoding="utf-8")
+            stage["data"] = {"kind": "file", "path": "pairs.jsonl"}
+    small = data / "pod.yaml"
+    small.write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
+    code = main(["run", str(small), f"output_dir={data / 'runs'}"])
+    said = capsys.readouterr()
+    assert code == 0, said.out[-3000:] + said.err[-3000:]
+    for stage in run["stages"]:
+        log = data / "runs" / run["name"] / stage / "metrics.jsonl"
+        metrics = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         assert [row["step"] for row in metrics] == [1, 2]
         assert all(np.isfinite(row["loss"]) and row["nonfinite_steps"] == 0 for row in metrics)
