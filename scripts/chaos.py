@@ -36,8 +36,8 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 SMALLER = (
     "model.preset=0.3m",
-    "evaluation.problems=64",
-    "evaluation.batch_size=64",
+    "evaluation.problems=16",
+    "evaluation.batch_size=16",
     "evaluation.max_completion_length=48",
     "stages.cold_start.steps=120",
     "stages.cold_start.save_steps=20",
@@ -198,7 +198,23 @@ def trouble(
             return told
         told["exit"] = run.returncode
         return told
+    told["exit"] = f"none after {MOST_STARTS} starts"
     return told
+
+
+def table_of(runs: list[dict]) -> dict[str, dict[str, int]]:
+    """By kind of trouble: runs, what happened in them, and how many ended as they should."""
+    return {
+        kind: {
+            "runs": len(of_kind),
+            "struck": sum(len(run["struck"]) for run in of_kind),
+            "damaged": sum(len(run["damaged"]) for run in of_kind),
+            "starts": sum(run["starts"] for run in of_kind),
+            "same": sum(run["same"] for run in of_kind),
+        }
+        for kind in KINDS
+        if (of_kind := [run for run in runs if run["kind"] == kind])
+    }
 
 
 def main() -> int:
@@ -221,41 +237,31 @@ def main() -> int:
             return 1
         expected = bits(root / "undisturbed")
         sizes = {stage: steps_done(root / "undisturbed", stage) for stage in STAGES}
-        runs: list[dict] = [{} for _ in range(arguments.runs)]
+        runs: list[dict] = []
 
-        def one(number: int) -> int:
+        def one(number: int) -> dict:
             kind = arguments.kinds[number % len(arguments.kinds)]
             rng = random.Random(f"{arguments.seed}|{number}")
-            runs[number] = trouble(kind, root / f"run_{number}", rng, sizes, overrides)
-            return number
+            folder = root / f"run_{number}"
+            return {"run": number, **trouble(kind, folder, rng, sizes, overrides)}
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for done in as_completed([pool.submit(one, n) for n in range(arguments.runs)]):
-                number = done.result()
-                told, folder = runs[number], root / f"run_{number}"
+                told = done.result()
+                folder = root / f"run_{told['run']}"
                 ended = "exit" not in told and has_every_step_once(folder, sizes)
                 told["same"] = ended and bits(folder) == expected
-                print(json.dumps({"run": number, **told}), flush=True)
+                print(json.dumps(told), flush=True)
+                runs = sorted([*runs, told], key=lambda run: run["run"])
+                if arguments.out:
+                    table = {"seed": arguments.seed, "table": table_of(runs), "runs": runs}
+                    Path(arguments.out).write_text(json.dumps(table, indent=1) + "\n")
                 if told["same"]:
                     shutil.rmtree(folder)
                 else:
                     print((folder / "log.txt").read_text()[-3000:], file=sys.stderr)
-    table = {
-        kind: {
-            "runs": len(of_kind),
-            "struck": sum(len(run["struck"]) for run in of_kind),
-            "damaged": sum(len(run["damaged"]) for run in of_kind),
-            "starts": sum(run["starts"] for run in of_kind),
-            "same": sum(run["same"] for run in of_kind),
-        }
-        for kind in arguments.kinds
-        if (of_kind := [run for run in runs if run["kind"] == kind])
-    }
-    for kind, row in table.items():
+    for kind, row in table_of(runs).items():
         print(f"{kind:<10} {row}")
-    if arguments.out:
-        told = {"seed": arguments.seed, "table": table, "runs": runs}
-        Path(arguments.out).write_text(json.dumps(told, indent=1) + "\n")
     return 0 if all(run["same"] for run in runs) else 1
 
 
