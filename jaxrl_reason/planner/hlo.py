@@ -12,6 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
@@ -150,6 +151,12 @@ class _Instruction:
         found = re.search(r"\bindex=(\d+)", self.rest)
         assert found is not None, self.name
         return int(found[1])
+
+
+class _Number(NamedTuple):
+    value: int
+    growth: int = 1
+    """In each turn of the loop whose state it is a part of."""
 
 
 class _Computation:
@@ -321,16 +328,35 @@ class _Program:
         body = self._of(names["body"])
         known = _KNOWN.search(one.rest)
         known = known or _AT_MOST.search(one.rest)
-        turns = int(known[1]) if known else self._turns(computation, one, names["condition"])
+        turns = int(known[1]) if known else self._turns(computation, one, **names)
         if turns is None:
             return body + Cost(endless=(one.name,))
         return body.times(turns)
 
-    def _turns(self, computation: _Computation, one: _Instruction, condition: str) -> int | None:
-        """How often a loop runs whose counter begins at a constant and grows by 1 to another."""
-        begin = lambda index: self._number(computation, one.operands[0], index)
+    def _turns(
+        self, computation: _Computation, one: _Instruction, condition: str, body: str
+    ) -> int | None:
+        """How often a loop runs whose counter grows from a constant to another, evenly."""
+
+        def begin(index: int) -> _Number | None:
+            value = self._number(computation, one.operands[0], index)
+            return None if value is None else _Number(value, self._growth(body, index))
+
         inner = self._computations[condition]
         return self._bound(inner, inner.root, begin, {})
+
+    def _growth(self, body: str, index: int) -> int:
+        """By how much an element of a loop's state grows in a turn; 1 where that cannot be read."""
+        inner = self._computations[body]
+        if inner.root.opcode != "tuple":
+            return 1
+        one = inner.by_name[inner.root.operands[index]]
+        if one.opcode != "add":
+            return 1
+        parts = [inner.by_name[name] for name in one.operands]
+        grows = any(p.opcode == "get-tuple-element" and p.index() == index for p in parts)
+        by = [_integer(part) for part in parts if part.opcode == "constant"]
+        return max(by[0] or 1, 1) if grows and by else 1
 
     def _bound(self, inner: _Computation, root: _Instruction, begin, given) -> int | None:
         """Most turns that a condition allows; of an `and`, by the part that is known.
@@ -356,9 +382,11 @@ class _Program:
         if root.opcode != "compare" or "direction=LT" not in root.rest:
             return None
         low, high = (self._value(inner, name, begin, given) for name in root.operands)
-        return None if low is None or high is None else max(high - low, 0)
+        if low is None or high is None:
+            return None
+        return max(math.ceil((high.value - low.value) / low.growth), 0)
 
-    def _value(self, inner: _Computation, name: str, begin, given) -> int | None:
+    def _value(self, inner: _Computation, name: str, begin, given) -> _Number | None:
         one = inner.by_name[name]
         if one.opcode in ("copy", "bitcast", "convert"):
             return self._value(inner, one.operands[0], begin, given)
@@ -366,7 +394,8 @@ class _Program:
             return begin(one.index())
         if one.opcode == "parameter":
             return given.get(name)
-        return _integer(one) if one.opcode == "constant" else None
+        value = _integer(one) if one.opcode == "constant" else None
+        return None if value is None else _Number(value)
 
     def _number(self, computation: _Computation, name: str, index: int | None) -> int | None:
         """The constant that an element of a tuple is, if it is one."""

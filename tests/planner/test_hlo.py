@@ -213,6 +213,15 @@ def test_the_text_of_a_tpu_is_read():
     assert (found.endless, found.kernels) == ((), ("tpu_custom_call",))
 
 
+def test_a_counter_may_grow_by_more_than_one():
+    # As in loops that overlap products with the parts of a gather, which do two parts in a turn.
+    assert TPU.count("%one.1 = s32[]{:T(128)} constant(1)") == 1
+    found = program_cost(
+        TPU.replace("%one.1 = s32[]{:T(128)} constant(1)", "%one.1 = s32[] constant(3)")
+    )
+    assert found.flops == 4 * 2 * 2 * 1024 * 512 * 512  # 2, 5, 8 and 11 are less than 12
+
+
 GROUPS = {
     "replica_groups={{0,4,8,12},{1,5,9,13}}": (0, 4, 8, 12),
     "replica_groups=[4,4]<=[16]": (0, 1, 2, 3),
