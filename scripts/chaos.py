@@ -143,7 +143,8 @@ def strike(
         return None
     stage = rng.choice(left)
     step = rng.randint(done[stage], sizes[stage] - 1)
-    if not wait(run, lambda: steps_done(folder, stage) >= step):
+    begun = folder / "quickstart" / stage
+    if not wait(run, lambda: begun.exists() and steps_done(folder, stage) >= step):
         return None
     if kind == "saving":
         if not wait(run, lambda: unfinished_saves(folder)):
@@ -208,7 +209,7 @@ def table_of(runs: list[dict]) -> dict[str, dict[str, int]]:
         kind: {
             "runs": len(of_kind),
             "struck": sum(len(run["struck"]) for run in of_kind),
-            "damaged": sum(len(run["damaged"]) for run in of_kind),
+            "damaged": sum(file is not None for run in of_kind for file in run["damaged"]),
             "starts": sum(run["starts"] for run in of_kind),
             "same": sum(run["same"] for run in of_kind),
         }
