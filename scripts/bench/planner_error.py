@@ -2,10 +2,10 @@
 
     python scripts/bench/planner_error.py --presets 0.7m 3m 10m 30m > table.md
 
-For models of several sizes the update of supervised fine-tuning and that of reinforcement learning
-are planned for `cpu:1` and then run, on the same shapes, as the quickstart has them. A bound that
-is right is at most what is measured; how far below it lies says how much the roofline leaves out.
-Run it on a machine that does nothing else.
+For models of several sizes the update of supervised fine-tuning is planned for `cpu:1` and then
+run, on the same shapes, as the quickstart has it. A bound that is right is at most what is
+measured; how far below it lies says how much the roofline leaves out. Run it on a machine that does
+nothing else.
 """
 
 import argparse
@@ -25,15 +25,12 @@ SKIPPED = 4
 
 
 def write_run(folder: Path, preset: str) -> Path:
-    """The quickstart with few steps of two stages, whose completions are as long as planned."""
+    """The quickstart with few steps of its first stage."""
     run = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     run["model"]["preset"] = preset
     run["evaluation"] |= {"problems": 8, "batch_size": 8, "max_completion_length": 8}
-    sft, grpo = run["stages"]["cold_start"], run["stages"]["reason"]
-    sft |= {"steps": STEPS, "save_steps": STEPS}
-    grpo |= {"steps": STEPS, "save_steps": STEPS, "parent": "init"}
-    # An untrained model seldom ends a completion, so that rows are nearly full.
-    run["stages"] = {"sft": sft, "grpo": grpo}
+    sft = run["stages"]["cold_start"] | {"steps": STEPS, "save_steps": STEPS}
+    run["stages"] = {"sft": sft}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(run, sort_keys=False))
     return path
@@ -54,28 +51,27 @@ def command(*words: str) -> str:
 
 
 def main() -> None:
-    """Prints a line for each preset and kind of stage."""
+    """Prints a line for each preset."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", default=["0.7m", "3m", "10m", "30m"])
     arguments = parser.parse_args()
-    print("| model | update of | bound | limit | measured, median (range) | measured / bound |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| model | bound | limit | measured, median (range) | measured / bound |")
+    print("|---|---|---|---|---|", flush=True)
     for preset in arguments.presets:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             path = str(write_run(folder, preset))
             told = command("plan", path, "--topology", "cpu:1", "--json", "-")
-            plans = json.loads(told[told.index("{") :])["stages"]
+            (plan,) = json.loads(told[told.index("{") :])["stages"]
             command("run", path, f"output_dir={folder}")
-            for plan in plans:
-                (update,) = (p for p in plan["programs"] if p["program"] == "update")
-                log = folder / "quickstart" / plan["stage"] / "metrics.jsonl"
-                rows = [json.loads(line) for line in log.read_text().splitlines()][SKIPPED:]
-                took = [row.get("time/update", row["step_time"]) for row in rows]
-                bound, middle = max(update["seconds"].values()), statistics.median(took)
-                spread = f"{middle:.3g} s ({min(took):.3g} to {max(took):.3g})"
-                cells = (preset, plan["kind"], f"{bound:.3g} s", update["limit"], spread)
-                print("| " + " | ".join(cells) + f" | {middle / bound:.2f} |", flush=True)
+            (update,) = plan["programs"]
+            log = folder / "quickstart" / plan["stage"] / "metrics.jsonl"
+            rows = [json.loads(line) for line in log.read_text().splitlines()][SKIPPED:]
+            took = [row["step_time"] for row in rows]
+            bound, middle = max(update["seconds"].values()), statistics.median(took)
+            spread = f"{middle:.3g} s ({min(took):.3g} to {max(took):.3g})"
+            cells = (preset, f"{bound:.3g} s", update["limit"], spread, f"{middle / bound:.2f}")
+            print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
