@@ -296,15 +296,39 @@ def test_the_image_copies_what_there_is():
 # What they do
 
 
+# A run that ends on a notice, and says when it can take one.
+NOTICED = "trap 'echo saved; exit 0' TERM; echo begun; touch $BEGUN; while :; do sleep 0.05; done"
+
+
 def test_entry_passes_a_notice_on_and_says_that_the_run_is_not_over(tmp_path):
-    program(tmp_path, "run_it", "trap 'echo saved; exit 0' TERM; echo begun; sleep 60 & wait")
-    environment = {**os.environ, "JAXRL_REASON": str(tmp_path / "run_it")}
+    program(tmp_path, "run_it", NOTICED)
+    variables = {"JAXRL_REASON": str(tmp_path / "run_it"), "BEGUN": str(tmp_path / "begun")}
     command = ["bash", ROOT / "tpu" / "entry.sh", "x.yaml"]
+    environment = {**os.environ, **variables}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as entry:
         assert entry.stdout.readline() == "begun\n"
         entry.send_signal(signal.SIGTERM)
         assert entry.stdout.readline() == "saved\n"
         assert entry.wait(timeout=20) == 143
+
+
+@pytest.mark.parametrize("moment", ['"${JAXRL_REASON', "child=$!", '[ "$noticed" = "$passed'])
+def test_entry_passes_on_a_notice_that_comes_as_the_run_begins(tmp_path, moment):
+    """Before it is started, before its number is known, and before that is looked at."""
+    program(tmp_path, "run_it", NOTICED)
+    begun = tmp_path / "begun"
+    hook = f"""case "$BASH_COMMAND" in
+        'child=$!' | '[ "$noticed" = "$passed'*) until [ -e {begun} ]; do sleep 0.01; done ;;
+    esac
+    case "$BASH_COMMAND" in {shlex.quote(moment)}*) kill -TERM $$ ;; esac"""
+    (tmp_path / "hook").write_text(f"trap {shlex.quote(hook)} DEBUG\n")
+    done = call(
+        *("timeout", "20", "bash", ROOT / "tpu" / "entry.sh", "x.yaml"),
+        JAXRL_REASON=str(tmp_path / "run_it"),
+        BASH_ENV=str(tmp_path / "hook"),
+        BEGUN=str(begun),
+    )
+    assert (done.stdout, done.returncode) == ("begun\nsaved\n", 143)
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130])

@@ -9,15 +9,20 @@
 set -uo pipefail
 
 noticed=0
+passed_on=0
 child=""
+# A second notice ends the run without saving, so that the first is passed on once, and it is whenever
+# it comes: before the run begins, or before its number is known here.
 take() {
     noticed=1
-    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+    child="${!:-}"
+    [ -z "$child" ] || { passed_on=1; kill -TERM "$child" 2>/dev/null; }
 }
 trap take TERM INT HUP
 
 "${JAXRL_REASON:-jaxrl-reason}" run "$@" &
 child=$!
+[ "$noticed" = "$passed_on" ] || take
 # A signal ends `wait`, not the child.
 while true; do
     wait "$child"
