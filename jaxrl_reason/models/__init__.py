@@ -4,7 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 from jaxrl_reason.models.config import PRESETS, ModelConfig, preset
 from jaxrl_reason.models.decoder import Model, Params
-from jaxrl_reason.models.paged import Pages, PageTable, Place, empty_pages, write_contexts
+from jaxrl_reason.models.paged import (
+    OpenPages,
+    Pages,
+    PageTable,
+    Place,
+    close_pages,
+    empty_pages,
+    open_pages,
+    write_contexts,
+)
 
 if TYPE_CHECKING:
     from jaxrl_reason.models.convert import (
@@ -18,13 +27,16 @@ __all__ = [
     "PRESETS",
     "Model",
     "ModelConfig",
+    "OpenPages",
     "PageTable",
     "Pages",
     "Params",
     "Place",
+    "close_pages",
     "empty_pages",
     "from_pretrained",
     "load_adapter",
+    "open_pages",
     "preset",
     "save_adapter",
     "save_pretrained",

@@ -3,7 +3,7 @@
 `Model` is static and hashable; parameters are nested dicts with the layers of a kind stacked along
 a leading axis. Whole rows run through the blocks under one `lax.scan`, which keeps compile time and
 program size independent of depth; in decoding they are unrolled, so that the pages of every layer
-are arrays of their own and a step updates them in place. Nothing outside `models/` sees Flax.
+are arrays of their own, which are read in place. Nothing outside `models/` sees Flax.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ from jaxrl_reason.models.attention import Attention, Mix
 from jaxrl_reason.models.attention_rows import ALONG_LENGTH, BY_ROW, Axes, row_attention
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.layers import GatedMLP, RMSNorm, remat
+from jaxrl_reason.models.lora import ADAPTER
 from jaxrl_reason.models.mesh import LENGTH_AXIS, along_length, from_width, size_of
 from jaxrl_reason.models.moe import MoE, RouterStats
-from jaxrl_reason.models.paged import Pages, PageTable, Place, attend_pages
+from jaxrl_reason.models.paged import OpenPages, Pages, PageTable, Place, attend_pages
 from jaxrl_reason.models.rotary import Rotation, rotation
 from jaxrl_reason.models.vision import (
     init_vision,
@@ -35,6 +36,8 @@ from jaxrl_reason.models.vision import (
 Params = dict[str, Any]
 Visual = Mapping[str, Array]
 """Images and videos among the tokens of rows; see `Model.forward`."""
+_ROUNDED = {"kernel", "bias", "embedding", "head", *ADAPTER}
+"""Parameters that are rounded to the compute dtype where they are used, but not in routers."""
 
 
 class Block(nn.Module):
@@ -216,34 +219,53 @@ class Model:
         tokens: Int[Array, " R"],
         *,
         pages: Pages,
+        opened: OpenPages | None,
         table: PageTable,
         place: Place,
-    ) -> tuple[Float[Array, "R D"], Pages]:
-        """Hidden states of one more token of every row, and the pages with it.
+    ) -> tuple[Float[Array, "R D"], Pages | OpenPages]:
+        """Hidden states of one more token of every row, and the open pages with it; or all pages.
 
-        Layers are unrolled, so that the pages of each are arrays of their own and are updated in
-        place; `table` and `place` are those of `attend_pages`.
+        Layers are unrolled, so that the pages of each are arrays of their own; all but `params` and
+        `tokens` are those of `attend_pages`.
         """
         x = Ends(self.config).apply({"params": _ends(params)}, tokens[:, None], method="embed")
         block, sliding = Block(self.config), self.config.sliding_layers
         turns = {
             s: rotation(self.config, place.positions[:, None], sliding=s) for s in set(sliding)
         }
-        own = []
+        written = []
         for i, layer in enumerate(self.unstack(params)["layers"]):
             mix = functools.partial(
                 attend_pages,
-                layer=i,
-                pages=pages,
+                pages=pages.of_layer(i),
+                opened=None if opened is None else (opened.keys[i], opened.values[i]),
                 table=table,
                 place=place,
                 window=self.config.sliding_window if sliding[i] else None,
             )
             x, kept, _ = block.apply({"params": layer}, x, turns[sliding[i]], mix)
-            own.append(kept)
-        keys, values = zip(*own, strict=True)
+            written.append(kept)
+        keys, values = zip(*written, strict=True)
         x = Ends(self.config).apply({"params": _ends(params)}, x, method="norm")
-        return x[:, 0], pages._replace(own_keys=keys, own_values=values)
+        if opened is None:
+            return x[:, 0], pages._replace(own_keys=keys, own_values=values)
+        return x[:, 0], OpenPages(keys, values)
+
+    def to_sample(self, params: Params) -> Params:
+        """What `prefill` and `decode` read, in the dtype that they read it in.
+
+        Matrices and embeddings are rounded to the compute dtype once and not at every step, which
+        changes no result. Norms and routers stay as they are, and what sees images is left out.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+
+        def read(path, leaf):
+            *above, name = (key.key for key in path)
+            rounded = name in _ROUNDED and "router" not in above
+            return leaf.astype(dtype) if rounded and dtype.itemsize < leaf.dtype.itemsize else leaf
+
+        kept = {name: part for name, part in params.items() if name != "vision"}
+        return jax.tree_util.tree_map_with_path(read, kept)
 
     def unstack(self, params: Params) -> Params:
         """Parameters with a tuple of layers in place of their stack; `decode` takes them too.

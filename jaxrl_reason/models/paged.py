@@ -10,6 +10,11 @@ Usual paged attention gathers the pages of every row and so copies the cache at 
 readers (a shared page is read once for all of them), and a row then merges the partial softmaxes
 of its pages. Keys lie with their tokens innermost, so that scores are sums over contiguous memory.
 
+A token is written into its page in place, where the device does that. A TPU would copy the whole
+cache at every step, into an order of axes that suits an update here and there. For it the page that
+a row writes to, and the one after it, are apart from the others while tokens are drawn
+(`OpenPages`) and go back once a dispatch, and steps only read the cache.
+
 Rows and pages are cut over the devices of a mesh alike: a device has pages of its own rows, and
 its part of the table counts both from its own first. So no key or value is ever sent.
 
@@ -32,12 +37,24 @@ _NEVER = float(jnp.finfo(jnp.float32).min)
 
 
 class Pages(NamedTuple):
-    """Keys and values by layer; separate arrays, so that a step updates each in place."""
+    """Keys and values by layer."""
 
     context_keys: tuple[Float[Array, "A K H W"], ...]
     context_values: tuple[Float[Array, "A K W H"], ...]
     own_keys: tuple[Float[Array, "N K H W"], ...]
     own_values: tuple[Float[Array, "N K W H"], ...]
+
+    def of_layer(self, layer: int) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        """Keys and values of its context pages, and of its own pages."""
+        context = (self.context_keys[layer], self.context_values[layer])
+        return context, (self.own_keys[layer], self.own_values[layer])
+
+
+class OpenPages(NamedTuple):
+    """Own pages that are being written: those of row r are 2 r and 2 r + 1, in order."""
+
+    keys: tuple[Float[Array, "2R K H W"], ...]
+    values: tuple[Float[Array, "2R K W H"], ...]
 
 
 class PageTable(NamedTuple):
@@ -121,12 +138,40 @@ def _write_contexts(context, keys, values, places):
     )
 
 
+def open_pages(pages: Pages, table: PageTable) -> OpenPages:
+    """The pages that `table.writing` names, taken out for `attend_pages`."""
+
+    def specs(rows, heads):
+        return (PartitionSpec(rows, heads), PartitionSpec(rows)), PartitionSpec(rows, heads)
+
+    take = lambda own, writing: jax.tree.map(
+        lambda x: jnp.take(x, writing.reshape(-1), axis=0, mode="clip"), own
+    )
+    own = (pages.own_keys, pages.own_values)
+    return OpenPages(*cut(take, table.writing.shape[0], specs)(own, table.writing))
+
+
+def close_pages(pages: Pages, opened: OpenPages, table: PageTable) -> Pages:
+    """The pages with those of `open_pages` put back."""
+
+    def specs(rows, heads):
+        of_pages = PartitionSpec(rows, heads)
+        return (of_pages, of_pages, PartitionSpec(rows)), of_pages
+
+    put = lambda own, opened, writing: jax.tree.map(
+        lambda old, new: old.at[writing.reshape(-1)].set(new, mode="drop"), own, opened
+    )
+    own, close = (pages.own_keys, pages.own_values), cut(put, table.writing.shape[0], specs)
+    keys, values = close(own, tuple(opened), table.writing)
+    return pages._replace(own_keys=keys, own_values=values)
+
+
 def attend_pages(
     queries: Float[Array, "R 1 N H"],
     keys: Float[Array, "R 1 K H"],
     values: Float[Array, "R 1 K H"],
-    layer: int,
-    pages: Pages,
+    pages: tuple[tuple[Array, Array], tuple[Array, Array]],
+    opened: tuple[Array, Array] | None,
     table: PageTable,
     place: Place,
     window: int | None = None,
@@ -137,17 +182,15 @@ def attend_pages(
         queries: of the token.
         keys: of the token.
         values: of the token.
-        layer: which layer's pages.
-        pages: of all layers.
+        pages: `Pages.of_layer`; of own ones that are open, what `opened` has counts.
+        opened: keys and values of the layer's `OpenPages`; None: tokens are written into own pages.
         table: who reads what.
         place: where the token goes.
         window: how many positions a token of a sliding layer sees.
 
     Returns:
-        The mixed values, and the layer's own keys and values with the token added.
+        The mixed values, and the layer's keys and values with the token added: open or own ones.
     """
-    own = (pages.own_keys[layer], pages.own_values[layer])
-    context = (pages.context_keys[layer], pages.context_values[layer])
 
     def specs(rows, heads):
         of_rows, of_tokens = PartitionSpec(rows), PartitionSpec(rows, None, heads)
@@ -156,44 +199,69 @@ def attend_pages(
         return (tokens, of_pages, of_pages, of_rows, of_rows), (of_tokens, of_pages)
 
     attend = cut(functools.partial(_attend, window=window), queries.shape[0], specs)
-    return attend((queries, keys, values), own, context, table, place)
+    return attend((queries, keys, values), opened, pages, table, place)
 
 
-def _attend(token, own, context, table: PageTable, place: Place, *, window: int | None):
+def _attend(token, opened, pages, table: PageTable, place: Place, *, window: int | None):
     """`attend_pages` of one device."""
-    queries, keys, values = token
+    (queries, keys, values), (context, own) = token, pages
     rows, _, heads, width = queries.shape
-    kv_heads = keys.shape[2]
-    size = own[0].shape[-1]
-    ahead = (place.before - place.boundary)[:, None] // size
-    page = jnp.take_along_axis(table.writing, ahead, axis=1)[:, 0]
-    slot = place.before % size
-    store = lambda old, at, new: old.at[at].set(new[:, 0].astype(old.dtype), mode="drop")
-    own_keys = store(own[0], (page, slice(None), slice(None), slot), keys)
-    own_values = store(own[1], (page, slice(None), slot), values)
+    kv_heads, size = keys.shape[2], own[0].shape[-1]
+    ahead, slot = (place.before - place.boundary) // size, place.before % size
+
+    def write(pair, page):
+        store = lambda old, at, new: old.at[at].set(new[:, 0].astype(old.dtype), mode="drop")
+        return (
+            store(pair[0], (page, slice(None), slice(None), slot), keys),
+            store(pair[1], (page, slice(None), slot), values),
+        )
+
+    if opened is None:
+        own = write(own, jnp.take_along_axis(table.writing, ahead[:, None], axis=1)[:, 0])
+    else:
+        opened = write(opened, jnp.arange(0, 2 * rows, 2, dtype=jnp.int32) + ahead)
 
     grouped = queries.reshape(rows, kv_heads, heads // kv_heads, width)
     slots = jnp.arange(size, dtype=jnp.int32)[None]
-    written = jnp.take(place.before, table.owners, mode="clip") + 1 - table.numbers * size
-    of_own = (slots < written[:, None])[:, None]
+
+    def of_rows(pair, row, first):
+        """Own pages with tokens from number `first` on, asked by their rows."""
+        written = jnp.take(place.before, row, mode="clip") + 1 - first
+        visible = slots < written[:, None]
+        if window is not None:
+            visible &= (written - 1)[:, None] - slots < window
+        asked = jnp.take(grouped, row[:, None], axis=0, mode="clip")
+        return _answer(asked, *pair, visible[:, None])
+
     of_context = (slots < table.context_tokens[:, None])[:, None]
     if window is not None:
-        of_own &= ((written - 1)[:, None] - slots < window)[:, None]
         at = jnp.take(place.positions, table.readers, mode="clip")[..., None]
         first = (table.context_numbers * size)[:, None, None]
         of_context = of_context & (at - (first + slots[None]) < window)
-    of_own_pages = _answer(
-        jnp.take(grouped, table.owners[:, None], axis=0, mode="clip"),
-        own_keys,
-        own_values,
-        of_own,
-    )
-    of_context_pages = _answer(
-        jnp.take(grouped, table.readers, axis=0, mode="clip"), *context, of_context
-    )
-    parts = jax.tree.map(lambda c, o: jnp.concatenate([c, o]), of_context_pages, of_own_pages)
-    mixed = _merge(parts, table.of_row).astype(queries.dtype)
-    return mixed.reshape(rows, 1, heads, width), (own_keys, own_values)
+    asked = jnp.take(grouped, table.readers, axis=0, mode="clip")
+    of_row = table.of_row
+    parts = [_answer(asked, *context, of_context), of_rows(own, table.owners, table.numbers * size)]
+    if opened is not None:
+        each = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), 2)
+        first = (place.boundary[:, None] + jnp.asarray([[0, size]], jnp.int32)).reshape(-1)
+        parts.append(of_rows(opened, each, first))
+        of_row = _with_opened(table, context[0].shape[0], own[0].shape[0])
+    mixed = _merge(jax.tree.map(lambda *each: jnp.concatenate(each), *parts), of_row)
+    mixed = mixed.astype(queries.dtype).reshape(rows, 1, heads, width)
+    return mixed, own if opened is None else opened
+
+
+def _with_opened(table: PageTable, contexts: int, own: int) -> Int[Array, "R E"]:
+    """`table.of_row` where open pages follow the own ones, and stand for those they were."""
+    rows, readers = table.writing.shape[0], table.readers.shape[1]
+    first_own = contexts * readers
+    first_open = first_own + own
+    of_row = jnp.where(table.of_row < first_open, table.of_row, first_open + 2 * rows)
+    for i in range(2):
+        here = first_open + 2 * jnp.arange(rows, dtype=jnp.int32) + i
+        is_open = table.of_row == (first_own + table.writing[:, i])[:, None]
+        of_row = jnp.where(is_open & (table.writing[:, i] < own)[:, None], here[:, None], of_row)
+    return of_row
 
 
 class _Part(NamedTuple):

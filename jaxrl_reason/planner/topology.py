@@ -81,10 +81,11 @@ def _tpus(name: str, kind: str, sizes: str, slices: int) -> Topology:
 
 
 def _find_compiler() -> None:
-    # There is no cloud to ask what this machine is.
+    # There is no cloud to ask what this machine is, and no TPU that two plans could contend for.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     if "TPU_LIBRARY_PATH" not in os.environ:
         os.environ["TPU_LIBRARY_PATH"] = _library()
 

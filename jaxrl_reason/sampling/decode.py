@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxrl_reason.models import Model, Pages, PageTable, Params, Place, write_contexts
+from jaxrl_reason.models import (
+    Model,
+    Pages,
+    PageTable,
+    Params,
+    Place,
+    close_pages,
+    open_pages,
+    write_contexts,
+)
 from jaxrl_reason.sampling.filters import SamplingConfig, draw
 
 
@@ -72,6 +81,8 @@ class DecodeOptions:
     """A completion ends with any of them."""
     devices: int
     """Over which the rows are cut."""
+    opens: bool
+    """Keep the pages that are written apart while tokens are drawn (`models.OpenPages`)."""
     unstack: bool
     """Take the layers out of their stack once a dispatch: faster where a step would copy them, and
     for the time of the dispatch a second copy of the layers' parameters."""
@@ -110,12 +121,13 @@ def decode(
         return (drawn.steps < dispatch.steps) & busy & (jnp.max(of_each) > dispatch.enough_of_each)
 
     def one(carry):
-        drawn, last, pages, live = carry
+        drawn, last, written, live = carry
         t = drawn.steps
-        hidden, pages = model.decode(
+        hidden, written = model.decode(
             params,
             last,
-            pages=pages,
+            pages=pages if options.opens else written,
+            opened=written if options.opens else None,
             table=table,
             place=Place(rows.positions + t, rows.before + t, rows.boundary),
         )
@@ -134,12 +146,12 @@ def decode(
             t + 1,
         )
         stops = jnp.isin(tokens, jnp.asarray(options.stop_ids, jnp.int32))
-        return drawn, tokens, pages, live & ~stops & (t + 1 < rows.remaining)
+        return drawn, tokens, written, live & ~stops & (t + 1 < rows.remaining)
 
-    begin = (start, rows.tokens, pages, rows.live)
+    begin = (start, rows.tokens, open_pages(pages, table) if options.opens else pages, rows.live)
     with jax.named_scope(f"at_most_{options.most_steps}"):
-        drawn, _, pages, _ = jax.lax.while_loop(unfinished, one, begin)
-    return drawn, pages
+        drawn, _, written, _ = jax.lax.while_loop(unfinished, one, begin)
+    return drawn, close_pages(pages, written, table) if options.opens else written
 
 
 def prefill(

@@ -75,8 +75,18 @@ class Device:
             sampling=self.sampling,
             stop_ids=self.stop_ids,
             devices=self.devices,
-            unstack=self.mesh.devices.flat[0].platform == "cpu",
+            opens=self.opens,
+            unstack=self._platform == "cpu",
         )
+
+    @property
+    def opens(self) -> bool:
+        """Whether pages that are written are apart from the cache meanwhile (`OpenPages`)."""
+        return self._platform == "tpu"
+
+    @property
+    def _platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
 
     @property
     def most_steps(self) -> int:
@@ -146,36 +156,52 @@ class Device:
         return empty_pages(self.model.config, level.context_pages, own_pages, self.page_size)
 
     def place(self, params: Params) -> Params:
-        """Parameters where decoding reads them: in place, or gathered once.
+        """Parameters as sampling reads them: where they are, or copied once.
 
         A decode step reads every parameter for a single token of each row. Cut over `fsdp` or
-        `context`, all of them would be gathered at every step.
+        `context`, all of them would be gathered at every step; and those that are stored wider than
+        they are computed with would be rounded at every step.
         """
-        if not self.gathers:
-            return params
-        return self.gather_program(params)(params)
+        return self.copy_program(params)(params) if self.copies(params) else self._read(params)
 
-    @property
-    def gathers(self) -> bool:
-        """Whether decoding reads other copies of the parameters than training."""
-        return any(self.mesh.shape.get(axis, 1) > 1 for axis in _GATHERED)
+    def copies(self, params: Params) -> bool:
+        """Whether sampling reads other arrays than these, which may be shapes."""
+        pairs = jax.tree.map(
+            lambda old, new: (old.dtype, old.sharding) != (new.dtype, new.sharding),
+            self._read(params),
+            self.placed_like(params),
+        )
+        return any(jax.tree.leaves(pairs))
 
-    def gather_program(self, params: Params):
-        """What makes those copies, of parameters with these shapes and shardings."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.placed_like(params))
-        gather = named("gather", lambda p: p)
-        lower = lambda: jax.jit(gather, out_shardings=shardings).lower(params)
-        return self.programs.get(("gather",), lower)
+    def copy_program(self, params: Params):
+        """What makes the copies, of parameters with these shapes and shardings."""
+        before = jax.tree.map(lambda x: x.sharding, self._read(params))
+        after = jax.tree.map(lambda x: x.sharding, self.placed_like(params))
+
+        def copy(params):
+            # Rounded first, so that half as much is sent.
+            rounded = self.model.to_sample(params)
+            return jax.lax.with_sharding_constraint(rounded, before)
+
+        lower = lambda: jax.jit(named("copy", copy), out_shardings=after).lower(params)
+        return self.programs.get(("copy",), lower)
 
     def placed_like(self, params: Params) -> Params:
-        """Shapes of the parameters with where they lie for decoding."""
+        """Shapes of the parameters as sampling reads them, with where they lie."""
 
-        def gathered(x):
-            spec = [None if {*axes_of(axes)} & _GATHERED else axes for axes in x.sharding.spec]
-            place = NamedSharding(self.mesh, PartitionSpec(*spec))
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+        def placed(old, new):
+            place = old.sharding
+            if any(self.mesh.shape.get(axis, 1) > 1 for axis in _GATHERED):
+                spec = [None if {*axes_of(axes)} & _GATHERED else axes for axes in place.spec]
+                place = NamedSharding(self.mesh, PartitionSpec(*spec))
+            return jax.ShapeDtypeStruct(new.shape, new.dtype, sharding=place)
 
-        return jax.tree.map(gathered, params)
+        rounded = jax.eval_shape(self.model.to_sample, params)
+        return jax.tree.map(placed, self._read(params), rounded)
+
+    @staticmethod
+    def _read(params: Params) -> Params:
+        return {name: part for name, part in params.items() if name != "vision"}
 
     def run_decode(
         self, params: Params, level: Level, pages: Pages, dispatch: Dispatch

@@ -293,15 +293,15 @@ def _sampling(
     stage: Stage, engine: Engine, *, prompts: int, completions: int, beside: Mapping[str, Any]
 ) -> Iterator[Program]:
     trained = stage.context.params_like
-    params, level = trained, engine.levels[0]
+    level = engine.levels[0]
     own_pages = max(level.own_pages)
     pages = engine.pages_like(level, own_pages)
-    if engine.gathers:
-        params = engine.placed_like(trained)
+    params, copied = engine.placed_like(trained), engine.copies(trained)
+    if copied:
         yield Program(
             name="weight sync",
             work="sync",
-            compile=lambda: engine.gather_program(trained),
+            compile=lambda: engine.copy_program(trained),
             per_step=1,
             tokens=0,
             length=0,
@@ -311,7 +311,7 @@ def _sampling(
         beside = {**beside, "parameters": trained}
     if stage.context.visual_tokens:
         yield _encoding(stage, prompts, beside)
-    read = "parameters to sample" if engine.gathers else "parameters"
+    read = "parameters to sample" if copied else "parameters"
     of_device = -(-prompts // engine.devices)
     rows = engine.devices * max(n for n in engine.prefill_sizes[0] if n <= max(of_device, 1))
     length = min(engine.prefill_sizes[1])

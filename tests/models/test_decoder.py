@@ -13,7 +13,9 @@ from jaxrl_reason.models import (
     ModelConfig,
     PageTable,
     Place,
+    close_pages,
     empty_pages,
+    open_pages,
     preset,
     write_contexts,
 )
@@ -56,10 +58,11 @@ def run(model, params, tokens):
     return forward(model, params, tokens, positions=positions, segment_ids=jnp.ones_like(tokens))
 
 
-def paged(model, params, contexts, following, size=4, unstack=False):
+def paged(model, params, contexts, following, size=4, unstack=False, opens=False):
     """Hidden states of tokens that follow contexts, one token a step, from pages of `size` tokens.
 
-    Row r continues context r % len(contexts); its second own page is not next to its first.
+    Pages that are written may be open for two steps. Row r continues context r % len(contexts); its
+    second own page is not next to its first.
     """
     rows, steps = following.shape
     count, readers = len(contexts), rows // len(contexts)
@@ -99,28 +102,38 @@ def paged(model, params, contexts, following, size=4, unstack=False):
         number = t // size
         two = (number, number + 1)
         writing = [[page_of(r, n) if n < own else rows * own for n in two] for r in range(rows)]
-        state, pages = step(
+        if t % 2 == 0 or not opens:
+            begun = number
+            table = table._replace(writing=jnp.asarray(writing))
+            written = open_pages(pages, table) if opens else pages
+        state, written = step(
             model,
             params,
             following[:, t],
-            pages=pages,
-            table=table._replace(writing=jnp.asarray(writing)),
+            pages=pages if opens else written,
+            opened=written if opens else None,
+            table=table,
             place=Place(
                 jnp.asarray(np.tile(lengths, readers) + t, jnp.int32),
                 jnp.full(rows, t, jnp.int32),
-                jnp.full(rows, number * size, jnp.int32),
+                jnp.full(rows, begun * size, jnp.int32),
             ),
         )
+        if not opens:
+            pages = written
+        elif t % 2:
+            pages = close_pages(pages, written, table)
         hidden.append(state)
     return jnp.stack(hidden, axis=1)
 
 
+@pytest.mark.parametrize("opens", [False, True])
 @pytest.mark.parametrize("lengths", [(6, 6), (8, 3), (1, 9)])
-def test_tokens_read_from_pages_give_the_full_forward(lengths):
+def test_tokens_read_from_pages_give_the_full_forward(lengths, opens):
     model, params = make()
     contexts = [tokens_of(n, seed=n, batch=1)[0].tolist() for n in lengths]
     following = tokens_of(7, 5, batch=6)
-    read = paged(model, params, contexts, following)
+    read = paged(model, params, contexts, following, size=3 if opens else 4, opens=opens)
     for row in range(6):
         whole = jnp.asarray([[*contexts[row % 2], *following[row].tolist()]])
         full = run(model, params, whole)
@@ -142,12 +155,13 @@ MIXED = dataclasses.replace(
 )
 
 
+@pytest.mark.parametrize("opens", [False, True])
 @pytest.mark.parametrize("lengths", [(6, 6), (8, 3), (1, 9)])
-def test_sliding_layers_read_from_pages_what_lies_in_their_window(lengths):
+def test_sliding_layers_read_from_pages_what_lies_in_their_window(lengths, opens):
     model, params = make(MIXED)
     contexts = [tokens_of(n, seed=n, batch=1)[0].tolist() for n in lengths]
     following = tokens_of(7, 5, batch=6)
-    read = paged(model, params, contexts, following)
+    read = paged(model, params, contexts, following, size=3 if opens else 4, opens=opens)
     for row in range(6):
         whole = jnp.asarray([[*contexts[row % 2], *following[row].tolist()]])
         full = run(model, params, whole)

@@ -25,6 +25,7 @@ CONFIG = ModelConfig(
     head_dim=8,
     max_position_embeddings=64,
 )
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 STOP, PAD = 1, 0
 LONGEST = 20
 
@@ -45,9 +46,22 @@ def prompts_of(count, longest=10, seed=0):
 PROMPTS = prompts_of(6)
 
 
-def engine_of(model, *, mesh=None, rows=8, sampling=None, **changes):
+class Unrounded(Model):
+    """Sampled from the parameters as they are stored."""
+
+    def to_sample(self, params):
+        return params
+
+
+class Opening(Engine):
+    """As on a TPU: pages that are written are apart from the cache meanwhile."""
+
+    opens = True
+
+
+def engine_of(model, *, mesh=None, rows=8, sampling=None, kind=Engine, **changes):
     options = {"max_prompt_length": 12, "group_size": 2, "page_size": 8, "steps_per_dispatch": 4}
-    return Engine(
+    return kind(
         model=model,
         mesh=mesh or make_mesh(MeshConfig(), jax.devices()[:1]),
         sampling=SamplingConfig(**(sampling or {})),
@@ -140,6 +154,9 @@ def test_with_one_set_of_shapes_the_tokens_are_the_same_in_any_company(model_and
         {"page_size": 1},
         {"page_size": 64},
         {"group_size": 1, "max_contexts": 3},
+        {"kind": Opening},
+        {"kind": Opening, "page_size": 5, "steps_per_dispatch": 50},
+        {"kind": Opening, "rows": 32, "page_size": 64},
     ],
 )
 def test_sizes_change_no_completion(model_and_params, changes):
@@ -149,6 +166,35 @@ def test_sizes_change_no_completion(model_and_params, changes):
     assert found.keys() == expected.keys()
     for request, completion in found.items():
         same(completion, expected[request], atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 4, "tensor": 2}])
+def test_what_is_computed_in_bfloat16_is_sampled_from_copies_in_bfloat16(sizes):
+    model = Model(dataclasses.replace(CONFIG, dtype="bfloat16", **EXPERTS))
+    params = jax.jit(model.init)(jax.random.key(0))
+    mesh = make_mesh(MeshConfig(**sizes), jax.devices()[: 8 if sizes else 1])
+    params = jax.device_put(params, tree_shardings(mesh, model.axes(), params))
+    engine = engine_of(model, mesh=mesh)
+    placed = engine.place(params)
+    assert engine.copies(params)
+    wide = {
+        jax.tree_util.keystr(path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(placed)
+        if leaf.dtype == jnp.float32
+    }
+    assert len(wide) == 6
+    assert all("norm" in name or "router" in name for name in wide)
+    like = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), engine.placed_like(params))
+    assert like == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), placed)
+    assert not engine.copies(placed)
+    # Nothing that they give changes.
+    unrounded = engine_of(Unrounded(model.config), mesh=mesh)
+    assert unrounded.copies(params) == bool(sizes)
+    expected = complete(unrounded, params, requests_of(PROMPTS))
+    found = complete(engine, params, requests_of(PROMPTS))
+    assert found.keys() == expected.keys()
+    for request, completion in found.items():
+        same(completion, expected[request], atol=1e-6)
 
 
 def test_the_key_the_id_and_the_index_make_the_draws(model_and_params):
@@ -161,13 +207,16 @@ def test_the_key_the_id_and_the_index_make_the_draws(model_and_params):
     assert len({tuple(draws(*of)) for of in ((0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 2))}) == 4
 
 
+@pytest.mark.parametrize("kind", [Engine, Opening])
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
-def test_eight_devices_draw_what_one_draws(model_and_params, sizes):
+def test_eight_devices_draw_what_one_draws(model_and_params, sizes, kind):
     model, params = model_and_params
     mesh = make_mesh(MeshConfig(**sizes))
     spread = jax.device_put(params, tree_shardings(mesh, model.axes(), params))
     one = complete(engine_of(model, rows=32), params, requests_of(PROMPTS * 2))
-    many = complete(engine_of(model, rows=32, mesh=mesh), spread, requests_of(PROMPTS * 2))
+    many = complete(
+        engine_of(model, rows=32, mesh=mesh, kind=kind), spread, requests_of(PROMPTS * 2)
+    )
     assert many.keys() == one.keys()
     for request, completion in many.items():
         same(completion, one[request], atol=1e-5)
