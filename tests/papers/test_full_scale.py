@@ -17,6 +17,7 @@ import yaml
 
 from jaxrl_reason.cli import main
 from jaxrl_reason.data.sources import read_source
+from jaxrl_reason.planner.described import load_described
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "papers").glob("*/full.yaml"))
 PODS = sorted((Path(__file__).parents[2] / "configs" / "pods").glob("*.yaml"))
@@ -257,6 +258,11 @@ def test_two_steps_of_every_stage(data, model, path, capsys):
         metrics = [json.loads(line) for line in lines]
         assert [row["step"] for row in metrics] == [1, 2]
         assert all(np.isfinite(row["loss"]) and row["nonfinite_steps"] == 0 for row in metrics)
+
+
+@pytest.mark.parametrize("path", PODS, ids=lambda path: path.stem)
+def test_the_file_of_a_pod_is_right_as_it_is(path):
+    assert load_described(str(path), []).mesh.fsdp == -1
 
 
 @pytest.mark.slow
