@@ -445,7 +445,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             if head is not None and line.endswith("{"):
                 name, lines = head[2], []
                 entry = name if head[1] else entry
-        elif line == "}":
+        elif line == "}" or line.startswith("}, "):  # , execution_thread="sparsecore"
             computations[name], name = _Computation(lines), None
         elif re.match(r"  (?:ROOT )?%\S+ = ", line):  # attributes of a kernel may go on for lines
             lines.append(_read_line(line))

@@ -222,6 +222,17 @@ def test_a_counter_may_grow_by_more_than_one():
     assert found.flops == 4 * 2 * 2 * 1024 * 512 * 512  # 2, 5, 8 and 11 are less than 12
 
 
+def test_computations_of_other_cores_are_read():
+    # They end with the name of the thread that they run in.
+    other = """%slice.1 (q: bf16[512,512]) -> bf16[512,512] {
+  %q = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %c.1 = bf16[512,512]{1,0:T(8,128)(2,1)} copy(%q)
+}, execution_thread="sparsecore"
+
+"""
+    assert program_cost(TPU.replace("%slice (", f"{other}%slice (")) == program_cost(TPU)
+
+
 GROUPS = {
     "replica_groups={{0,4,8,12},{1,5,9,13}}": (0, 4, 8, 12),
     "replica_groups=[4,4]<=[16]": (0, 1, 2, 3),
