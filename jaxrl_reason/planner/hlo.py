@@ -182,6 +182,11 @@ class _Computation:
     def operand(self, instruction: _Instruction, number: int) -> _Instruction | None:
         return self.by_name.get(instruction.operands[number])
 
+    def before_copies(self, name: str) -> _Instruction:
+        """What an instruction copies, or itself."""
+        one = self.by_name[name]
+        return self.before_copies(one.operands[0]) if one.opcode == "copy" else one
+
 
 def program_cost(text: str) -> Cost:
     """What one execution of a compiled program costs a chip.
@@ -353,7 +358,7 @@ class _Program:
         one = inner.by_name[inner.root.operands[index]]
         if one.opcode != "add":
             return 1
-        parts = [inner.by_name[name] for name in one.operands]
+        parts = [inner.before_copies(name) for name in one.operands]
         grows = any(p.opcode == "get-tuple-element" and p.index() == index for p in parts)
         by = [_integer(part) for part in parts if part.opcode == "constant"]
         return max(by[0] or 1, 1) if grows and by else 1

@@ -220,6 +220,11 @@ def test_a_counter_may_grow_by_more_than_one():
         TPU.replace("%one.1 = s32[]{:T(128)} constant(1)", "%one.1 = s32[] constant(3)")
     )
     assert found.flops == 4 * 2 * 2 * 1024 * 512 * 512  # 2, 5, 8 and 11 are less than 12
+    # The counter may be copied first.
+    copied = "%i.2 = s32[]{:T(128)S(6)} copy(%i)\n  %next = s32[]{:T(128)} add(%i.2, %one.1)"
+    again = TPU.replace("%one.1 = s32[]{:T(128)} constant(1)", "%one.1 = s32[] constant(3)")
+    again = again.replace("%next = s32[]{:T(128)} add(%i, %one.1)", copied)
+    assert program_cost(again).flops == found.flops
 
 
 def test_computations_of_other_cores_are_read():
