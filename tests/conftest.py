@@ -1,5 +1,6 @@
 """Test settings: eight virtual CPU devices, strict promotion, no network."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import jax
 import pytest
+
+from jaxrl_reason.sampling.shapes import Programs
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -34,6 +37,8 @@ def few_programs():
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 16_000:
+        Programs.forget_all()
+        gc.collect()
         jax.clear_caches()
 
 

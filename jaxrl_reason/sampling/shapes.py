@@ -102,10 +102,14 @@ def make_levels(
 
 
 class Programs:
-    """Compiled programs by key, shared by all engines of a process; the oldest are dropped."""
+    """Compiled programs by key, shared by all engines of a process; the oldest are dropped.
+
+    A program takes about 140 maps of memory on a CPU, and Linux kills a process that has more than
+    65,530: the programs kept here take a fourth of them.
+    """
 
     _compiled: ClassVar[OrderedDict[Hashable, jax.stages.Compiled]] = OrderedDict()
-    _capacity = 512
+    _capacity = 128
 
     def __init__(self, prefix: Hashable):
         self._prefix = prefix
@@ -137,6 +141,11 @@ class Programs:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(whole)
         return program
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """Drop the programs of all engines; those in use compile theirs again."""
+        cls._compiled.clear()
 
     def forget(self) -> None:
         """Drop the programs of this prefix, to give their memory back."""
