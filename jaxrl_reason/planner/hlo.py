@@ -187,6 +187,12 @@ class _Computation:
         one = self.by_name[name]
         return self.before_copies(one.operands[0]) if one.opcode == "copy" else one
 
+    def before_bitcasts(self, one: _Instruction) -> str:
+        """The name of what an instruction is another view of, or its own."""
+        while one.opcode in ("bitcast", "reshape"):
+            one = self.by_name[one.operands[0]]
+        return one.name
+
 
 def program_cost(text: str) -> Cost:
     """What one execution of a compiled program costs a chip.
@@ -284,16 +290,14 @@ class _Program:
 
     def _read(self, inner: _Computation, name: str) -> float | None:
         """Bytes of a parameter that a fused computation reads; None: all."""
+        if name == inner.root.name:
+            return None
         total = 0.0
         for user in inner.users(name):
             if user.opcode in ("bitcast", "reshape"):
                 read = self._read(inner, user.name)
             elif user.opcode == "fusion":
-                (called,) = _CALLED.findall(user.rest)
-                nested = self._computations[called]
-                places = [n for n, operand in enumerate(user.operands) if operand == name]
-                parts = [self._read(nested, nested.parameters[n]) for n in places]
-                read = None if None in parts else sum(part for part in parts if part is not None)
+                read = self._read_nested(inner, user, name)
             elif user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
                 read = sum(shape.bytes for shape in user.shapes)
             elif user.opcode in ("dynamic-update-slice", "scatter") and user.operands[0] == name:
@@ -304,6 +308,17 @@ class _Program:
                 return None
             total += read
         return total
+
+    def _read_nested(self, inner: _Computation, user: _Instruction, name: str) -> float | None:
+        (called,) = _CALLED.findall(user.rest)
+        nested = self._computations[called]
+        parameters = [
+            nested.parameters[n] for n, given in enumerate(user.operands) if given == name
+        ]
+        if parameters == [nested.before_bitcasts(nested.root)]:  # read by who uses the fusion
+            return self._read(inner, user.name)
+        parts = [self._read(nested, parameter) for parameter in parameters]
+        return None if None in parts else sum(part for part in parts if part is not None)
 
     def _written(self, inner: _Computation, root: _Instruction, shapes: Sequence[Shape]) -> float:
         if root.opcode == "tuple":

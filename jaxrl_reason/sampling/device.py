@@ -45,14 +45,17 @@ class Device:
     """Prompts in flight at once; by default, as many as fill the rows with whole groups."""
     steps_per_dispatch: int = 16
     """Decode steps between two looks of the host."""
-    page_size: int = 64
-    """Tokens of a page of keys and values."""
+    page_size: int = 0
+    """Tokens of a page of keys and values; 0: 128 on TPUs, whose registers are as wide, else 64."""
     visual_tokens: int = 0
     """Most tokens of a prompt that stand for images and videos; 0: prompts are text alone."""
     detokenize: Callable[[Sequence[int]], str] | None = None
     """Tokens to text; needed for stop strings only."""
 
     def __post_init__(self):
+        if self.page_size == 0:
+            size = 128 if self._platform == "tpu" else 64
+            object.__setattr__(self, "page_size", size)
         room = self.model.config.max_position_embeddings
         if self.max_prompt_length + self.max_completion_length > room:
             raise InputError(
@@ -76,8 +79,18 @@ class Device:
             stop_ids=self.stop_ids,
             devices=self.devices,
             opens=self.opens,
-            unstack=self._platform == "cpu",
+            unstack=self._unstacks,
         )
+
+    @property
+    def _unstacks(self) -> bool:
+        """Whether layers are taken apart once a dispatch.
+
+        On a CPU products want them apart, and on a TPU the kernels of experts, which cannot read a
+        layer where it lies in a stack.
+        """
+        has_experts = self.model.config.num_experts > 0
+        return self._platform == "cpu" or (self._platform == "tpu" and has_experts)
 
     @property
     def opens(self) -> bool:

@@ -227,6 +227,33 @@ def test_a_counter_may_grow_by_more_than_one():
     assert program_cost(again).flops == found.flops
 
 
+def test_what_a_fusion_within_a_fusion_hands_on_is_read():
+    # Products for TPUs take their operands through fusions that are nothing but another view.
+    view = """%view (v: bf16[512,512]) -> bf16[512,512,1] {
+  %v = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %w = bf16[512,512,1]{1,0,2:T(8,128)(2,1)} bitcast(%v)
+}
+
+"""
+    plain = "bitcast(%p1)\n  ROOT %c"
+    assert TPU.count(plain) == 1
+    nested = TPU.replace("%product (", f"{view}%product (")
+    nested = nested.replace(plain, "fusion(%p1), kind=kLoop, calls=%view\n  ROOT %c")
+    assert program_cost(nested) == program_cost(TPU)
+    # And a slice of it is read as a slice.
+    handed = view.replace("ROOT %w = bf16[512,512,1]{1,0,2:T(8,128)(2,1)} bitcast(%v)", "").replace(
+        "%v = bf16[512,512]{1,0:T(8,128)(2,1)} parameter(0)",
+        "ROOT %v = bf16[12,512,512]{2,1,0:T(8,128)(2,1)} parameter(0)",
+    )
+    sliced = TPU.replace("%slice (", f"{handed}%slice (").replace(
+        "%one = bf16[1,512,512]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q0,",
+        "%q2 = bf16[12,512,512]{2,1,0:T(8,128)(2,1)} fusion(%q0), kind=kLoop, calls=%view\n"
+        "  %one = bf16[1,512,512]{2,1,0:T(8,128)(2,1)} dynamic-slice(%q2,",
+    )
+    assert sliced != TPU
+    assert program_cost(sliced) == program_cost(TPU)
+
+
 def test_computations_of_other_cores_are_read():
     # They end with the name of the thread that they run in.
     other = """%slice.1 (q: bf16[512,512]) -> bf16[512,512] {

@@ -432,8 +432,8 @@ def test_prompts_that_do_not_fit_are_refused(model_and_params):
         complete(engine, params, requests_of([[]]))
     with pytest.raises(InputError, match="max_position_embeddings=64"):
         dataclasses.replace(engine, max_completion_length=60)
-    with pytest.raises(ValueError, match="page_size=0 must be at least 1"):
-        dataclasses.replace(engine, page_size=0)
+    with pytest.raises(ValueError, match="page_size=-1 must be at least 1"):
+        dataclasses.replace(engine, page_size=-1)
 
 
 def test_a_rollout_holds_what_the_completions_hold(model_and_params):
