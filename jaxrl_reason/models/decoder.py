@@ -305,7 +305,7 @@ class Model:
         x, deep = splice_features(x, found["features"], index), found.get("deep_features")
         if deep is None:
             return x, None
-        deep = place_deep(jnp.moveaxis(deep, 1, 0), index)
+        deep = place_deep(jnp.moveaxis(deep, 1, 0).astype(x.dtype), index)
         return x, along_length(deep, before=1) if axes.length else deep
 
     def _scanned(self, layers: Params) -> tuple[Params, Int[Array, " L"], Bool[Array, " L"]]:

@@ -17,6 +17,7 @@ of rows, B row of a block.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
@@ -43,7 +44,7 @@ CPU_BLOCK = 64
 """Rows of a block on a CPU at most; it multiplies one block at a time."""
 GPU_BLOCK, GPU_CHUNK = 128, 32
 """Rows of a block on a GPU at most, and blocks multiplied at once, with a copy of their experts."""
-TPU_BLOCK = 256
+TPU_BLOCK = 512
 """Rows of a block on a TPU at most, for the gradient of the kernels."""
 GPU_FEW_TOKENS = 256
 """So many tokens and fewer are a matter of reading weights, on a GPU: every expert once."""
@@ -57,6 +58,8 @@ class Way(NamedTuple):
     """Rows of a block."""
     chunk: int = 1
     """Blocks that are multiplied at once."""
+    share: float = 1.0
+    """Of the assignments, those to experts of this device if all experts get as many."""
 
 
 def choose_way(shape: tuple[int, int], num_experts: int, here: int, mesh: AbstractMesh) -> Way:
@@ -115,6 +118,7 @@ def mix_experts(
         settings = {"activation": activation, "adapter_scale": adapter_scale}
         if chosen.name == "dense":
             return _mix_dense(x, experts, weights, projections, **settings)
+        chosen = chosen._replace(share=here / num_experts)
         return _mix_sorted(x, experts, weights, projections, way=chosen, **settings)
 
     return _per_device(mix, mesh, x, experts, weights, projections)
@@ -346,8 +350,15 @@ def _loop(way: Way, layout: Layout, visit, start):
     if layout.expert.shape[0] == way.chunk:
         return visit(jnp.int32(0), start)
     trips = (layout.count + way.chunk - 1) // way.chunk
-    with jax.named_scope(f"at_most_{-(-layout.expert.shape[0] // way.chunk)}"):
+    evenly = min(_even_blocks(way, layout), layout.expert.shape[0])
+    with jax.named_scope(f"evenly_{-(-evenly // way.chunk)}"):  # read by the planner
         return jax.lax.fori_loop(0, trips, lambda i, state: visit(i * way.chunk, state), start)
+
+
+def _even_blocks(way: Way, layout: Layout) -> int:
+    """Blocks in use if all experts get as many tokens, the last block of each half filled."""
+    rows = layout.row.size * way.share + layout.sizes.size * (way.block - 1) / 2
+    return math.ceil(rows / way.block)
 
 
 def _cut(rows: Float[Array, "R D"], layout: Layout) -> Float[Array, "C B D"]:

@@ -1,10 +1,11 @@
 """What a compiled program costs, read from its optimised HLO, with loops as often as they run.
 
 XLA's own `cost_analysis` counts the body of a loop once, and a model is a loop over its layers.
-Where a loop ends as the data has it, the code says how often it turns at most, by a scope named
-`at_most_n` around it. Read here are matrix products, the bytes that each instruction moves between
-memory and the cores, and what chips send each other. Arithmetic outside of matrix products is left
-out: on the chips that matter it hides behind the bytes it works on.
+Where a loop ends as the data has it, the code says how often it turns, by the name of a scope
+around it: `at_most_n`, or `evenly_n` if so often with tokens spread evenly over experts. Read here
+are matrix products, the bytes that each instruction moves between memory and the cores, and what
+chips send each other. Arithmetic outside of matrix products is left out: on the chips that matter
+it hides behind the bytes it works on.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ _BRANCHES = re.compile(
     r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([\w.\-]+))"
 )
 _KNOWN = re.compile(r'"?known_trip_count"?\s*:\s*\{"?n"?\s*:\s*"?(\d+)"?')
-_AT_MOST = re.compile(r'at_most_(\d+)\)*/while"')
+_AS_TOLD = re.compile(r'(?:at_most|evenly)_(\d+)\)*/while"')
 _FREE = (
     "parameter",
     "constant",
@@ -347,7 +348,7 @@ class _Program:
         names = dict(re.findall(r"\b(condition|body)=%([\w.\-]+)", one.rest))
         body = self._of(names["body"])
         known = _KNOWN.search(one.rest)
-        known = known or _AT_MOST.search(one.rest)
+        known = known or _AS_TOLD.search(one.rest)
         turns = int(known[1]) if known else self._turns(computation, one, **names)
         if turns is None:
             return body + Cost(endless=(one.name,))

@@ -280,6 +280,22 @@ def test_images_matter(ours, family):
     assert moved[2, :9].max() == 0, "text alone"
 
 
+@FAMILIES
+def test_float32_features_go_into_a_model_of_bfloat16(ours, family):
+    """Sampling and training with a frozen encoder give features that were made before."""
+    model, params = ours(family)
+    model = Model(dataclasses.replace(model.config, dtype="bfloat16"))
+    tokens, positions, segments, visual = padded(family, "right")
+    found = {
+        name: x.astype(jnp.bfloat16) for name, x in model.visual_features(params, visual).items()
+    }
+    wide = {name: x.astype(jnp.float32) for name, x in found.items()}
+    index = {"visual_index": visual["visual_index"]}
+    rows = (tokens, positions, segments)
+    wanted, got = (log_probs(model, params, *rows, x | index) for x in (found, wide))
+    np.testing.assert_array_equal(got, wanted)
+
+
 @SLOW_BUT_QWEN3
 def test_gradients(references, ours, family, tmp_path):
     """Of the mean log-prob of the next text tokens, for every parameter of both towers."""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxrl_reason.models.experts import Way, mix_experts
 from jaxrl_reason.planner.hlo import Collective, Cost, Shape, program_cost
 
 
@@ -70,6 +71,29 @@ def test_a_loop_that_may_end_early_counts_as_if_it_did_not():
 
     found = cost_of(until, (16, 16))
     assert (found.flops, found.endless) == (9 * 2 * 16**3, ())
+
+
+def test_loops_over_experts_count_as_if_tokens_were_spread_evenly():
+    tokens, chosen, experts, width, inner = 64, 2, 8, 16, 32
+
+    def mix(x, gate, up, down):
+        order = jnp.zeros((tokens, chosen), jnp.int32)
+        projections = {n: {"kernel": k} for n, k in (("gate", gate), ("up", up), ("down", down))}
+        return mix_experts(
+            x,
+            order,
+            jnp.ones((tokens, chosen)),
+            projections,
+            activation=jax.nn.silu,
+            way=Way("blocks", 4),
+        )
+
+    with jax.set_mesh(jax.sharding.Mesh(jax.devices()[:1], "data")):
+        kernels = [(experts, width, inner)] * 2 + [(experts, inner, width)]
+        found = cost_of(mix, (tokens, width), *kernels)
+    # Of 4 rows a block; of each expert 1.5 rows on average are nobody's.
+    rows = tokens * chosen + experts * 1.5
+    assert (found.flops, found.endless) == (3 * 2 * rows * width * inner, ())
 
 
 def test_of_branches_the_dearest_counts():
