@@ -103,7 +103,7 @@ class Cost:
     endless: tuple[str, ...] = ()
     """Loops whose number of turns is not in the program; they are counted once."""
     kernels: tuple[str, ...] = ()
-    """Custom kernels, of which nothing but the bytes of their operands and results is known."""
+    """Names of custom kernels; of those, bytes of operands and results are counted, no products."""
 
     def __add__(self, other: "Cost") -> "Cost":
         collectives = dict(self.collectives)
@@ -249,7 +249,7 @@ class _Program:
             if target is not None and target[1] == "AllocateBuffer":
                 return Cost()
             moved = self._operands(computation, one) + one.bytes
-            return Cost(memory_bytes=moved, kernels=(target[1] if target else one.name,))
+            return Cost(memory_bytes=moved, kernels=(one.name.partition(".")[0],))
         moved = _moved(computation, one) if opcode != "copy" else None
         if moved is None:
             written = one.shapes[:1] if one.opcode == "copy-start" else one.shapes

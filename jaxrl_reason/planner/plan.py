@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -150,6 +150,8 @@ def _plan_program(program: Program, config: ModelConfig, topology: Topology) -> 
     needed += stats.output_size_in_bytes - stats.alias_size_in_bytes
     needed += stats.generated_code_size_in_bytes
     cost = program_cost(compiled.as_text())
+    inside = kernel_flops(config, program, cost.kernels) / len(topology.devices)
+    cost = dataclasses.replace(cost, flops=cost.flops + inside)
     bound = times(cost, chip, topology.devices)
     peak = bound.total * chip.flops * len(topology.devices)
     return ProgramPlan(
@@ -172,12 +174,43 @@ def model_flops(config: ModelConfig, program: Program) -> float:
         assert config.vision is not None
         return 2.0 * program.tokens * config.vision.num_parameters
     passes = {"update": 3, "forward": 1, "prefill": 1, "decode": 1, "sync": 0}[program.work]
-    width = config.num_attention_heads * config.head_dim
     parameters = active_parameters(config)
     if program.work == "prefill":  # writes keys and values, and predicts nothing
         parameters -= config.vocab_size * config.hidden_size
-    attention = 2 * config.num_hidden_layers * width * program.length
-    return passes * program.tokens * (2 * parameters + attention)
+    return passes * program.tokens * (2 * parameters + _attention_flops(config, program.length))
+
+
+def kernel_flops(config: ModelConfig, program: Program, kernels: Collection[str]) -> float:
+    """Of the products inside of kernels, on all chips: those that the model needs, each once.
+
+    The compiler does not tell what a kernel multiplies. What is done a second time, with
+    rematerialization, is not counted, and neither is attention among the patches of images.
+
+    Args:
+        config: of the model.
+        program: that the kernels are in.
+        kernels: names in the compiled program.
+    """
+    if program.work == "encode":
+        return 0.0
+    flops, width = 0.0, config.moe_intermediate_size
+    backward = program.work == "update"
+    if any(name.startswith("splash") for name in kernels):
+        flops += (3 if backward else 1) * _attention_flops(config, program.length)
+    if any(name.startswith("ragged-dot") for name in kernels):
+        # Gradients of the experts' kernels are a loop of products that the compiler tells.
+        chosen = config.num_hidden_layers * config.num_experts_per_tok
+        flops += (2 if backward else 1) * 2 * chosen * 3 * config.hidden_size * width
+    return program.tokens * flops
+
+
+def _attention_flops(config: ModelConfig, length: int) -> float:
+    """Of a token forward, in a row of so many: of those before it, half as many on average."""
+    width = config.num_attention_heads * config.head_dim
+    return sum(
+        4 * width * min(length / 2, (config.sliding_window or length) if slides else length)
+        for slides in config.sliding_layers
+    )
 
 
 def active_parameters(config: ModelConfig) -> int:

@@ -16,16 +16,21 @@ from tpu_compiler import tpu_compiler
 from jaxrl_reason.config import validate
 from jaxrl_reason.data.batching import fill_rows, microbatches
 from jaxrl_reason.errors import InputError
-from jaxrl_reason.models import preset
+from jaxrl_reason.models import ModelConfig, preset
 from jaxrl_reason.planner import topology
 from jaxrl_reason.planner.chips import CHIPS
-from jaxrl_reason.planner.plan import active_parameters, bytes_per_device, plan_stages
+from jaxrl_reason.planner.plan import (
+    active_parameters,
+    bytes_per_device,
+    kernel_flops,
+    plan_stages,
+)
 from jaxrl_reason.sampling import Rollout
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.grpo import policy_rows
 from jaxrl_reason.stages.pipeline import plan as stages_of
-from jaxrl_reason.stages.programs import stage_programs
+from jaxrl_reason.stages.programs import Program, stage_programs
 from jaxrl_reason.stages.training import fresh_state, stage_optimizer
 
 TINY = (Path(__file__).parents[1] / "tiny_run.yaml").read_text(encoding="utf-8")
@@ -334,3 +339,43 @@ def test_a_search_says_which_choice_is_best(tmp_path):
     assert len({line.partition(": ")[2] for line in tried}) == len(tried)
     best = next(line for line in done.stdout.splitlines() if line.startswith("best: "))
     assert best.removeprefix("best: ") in {line.partition(": ")[2] for line in tried}
+
+
+@pytest.mark.parametrize(("work", "passes", "of_experts"), [("prefill", 1, 1), ("update", 3, 2)])
+def test_products_inside_of_kernels_are_those_of_theory(work, passes, of_experts):
+    kinds = ("full_attention", "sliding_attention") * 2
+    config = ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        layer_types=kinds,
+        sliding_window=5,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+    )
+    rows, length = 3, 32
+    program = Program(
+        name=work,
+        work=work,
+        compile=lambda: None,
+        per_step=1,
+        tokens=rows * length,
+        length=length,
+        arguments={},
+    )
+    # Of a query and a key, one by one: their product, and that of a weight and a value.
+    seen = sum(min(t + 1, window) for window in (length, 5) * 2 for t in range(length))
+    attention = rows * seen * 2 * 2 * config.num_attention_heads * config.head_dim
+    expert = 3 * 2 * config.hidden_size * config.moe_intermediate_size
+    experts = rows * length * config.num_hidden_layers * config.num_experts_per_tok * expert
+    of = lambda *names: kernel_flops(config, program, names)
+    assert of("tpu_kernel") == 0
+    assert of("ragged-dot-none") == of_experts * experts
+    splash = of("splash_mha_fwd_residuals", "splash_mha_dq_no_residuals")
+    assert splash == pytest.approx(passes * attention, rel=0.1)
+    assert of("splash_mha_fwd", "ragged-dot-none") == splash + of_experts * experts
