@@ -5,10 +5,13 @@ finished stays, and the same command goes on where it stopped.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxrl_reason import __version__
@@ -98,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(arguments, name, [word for word in listed if word not in taken])
             arguments.overrides = [*arguments.overrides, *taken]
     try:
-        code = arguments.command(arguments)
+        with _heeded() if arguments.command is _run else contextlib.nullcontext():
+            code = arguments.command(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -115,6 +119,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     return code or 0
+
+
+@contextlib.contextmanager
+def _heeded() -> Iterator[None]:
+    """Within, SIGTERM raises `Preemption`, also while all else is being imported.
+
+    `stages.preemption` and, in a run of several processes, JAX take it over from here.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def take(signum: int, frame: object) -> None:
+        raise Preemption("nothing is lost")
+
+    before = signal.signal(signal.SIGTERM, take)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -255,7 +255,7 @@ class Model:
         """What `prefill` and `decode` read, in the dtype that they read it in.
 
         Matrices and embeddings are rounded to the compute dtype once and not at every step, which
-        changes no result. Norms and routers stay as they are, and what sees images is left out.
+        changes no result. Norms and routers stay as they are. Only `parts_to_sample` are there.
         """
         dtype = jnp.dtype(self.config.dtype)
 
@@ -264,8 +264,12 @@ class Model:
             rounded = name in _ROUNDED and "router" not in above
             return leaf.astype(dtype) if rounded and dtype.itemsize < leaf.dtype.itemsize else leaf
 
-        kept = {name: part for name, part in params.items() if name != "vision"}
-        return jax.tree_util.tree_map_with_path(read, kept)
+        return jax.tree_util.tree_map_with_path(read, self.parts_to_sample(params))
+
+    @staticmethod
+    def parts_to_sample(params: Params) -> Params:
+        """The parameters that `prefill` and `decode` read: all but those that see images."""
+        return {name: part for name, part in params.items() if name != "vision"}
 
     def unstack(self, params: Params) -> Params:
         """Parameters with a tuple of layers in place of their stack; `decode` takes them too.

@@ -175,20 +175,22 @@ class Device:
         `context`, all of them would be gathered at every step; and those that are stored wider than
         they are computed with would be rounded at every step.
         """
-        return self.copy_program(params)(params) if self.copies(params) else self._read(params)
+        if self.copies(params):
+            return self.copy_program(params)(params)
+        return self.model.parts_to_sample(params)
 
     def copies(self, params: Params) -> bool:
         """Whether sampling reads other arrays than these, which may be shapes."""
         pairs = jax.tree.map(
             lambda old, new: (old.dtype, old.sharding) != (new.dtype, new.sharding),
-            self._read(params),
+            self.model.parts_to_sample(params),
             self.placed_like(params),
         )
         return any(jax.tree.leaves(pairs))
 
     def copy_program(self, params: Params):
         """What makes the copies, of parameters with these shapes and shardings."""
-        before = jax.tree.map(lambda x: x.sharding, self._read(params))
+        before = jax.tree.map(lambda x: x.sharding, self.model.parts_to_sample(params))
         after = jax.tree.map(lambda x: x.sharding, self.placed_like(params))
 
         def copy(params):
@@ -210,11 +212,7 @@ class Device:
             return jax.ShapeDtypeStruct(new.shape, new.dtype, sharding=place)
 
         rounded = jax.eval_shape(self.model.to_sample, params)
-        return jax.tree.map(placed, self._read(params), rounded)
-
-    @staticmethod
-    def _read(params: Params) -> Params:
-        return {name: part for name, part in params.items() if name != "vision"}
+        return jax.tree.map(placed, self.model.parts_to_sample(params), rounded)
 
     def run_decode(
         self, params: Params, level: Level, pages: Pages, dispatch: Dispatch

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -57,3 +59,19 @@ def test_without_a_notice_nothing_changes_and_the_handler_is_put_back():
     before = signal.getsignal(signal.SIGTERM)
     assert steps() == [1, 2, 3]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_notice_while_a_run_imports_ends_it_well():
+    code = """
+import os, signal, sys
+class Notice:
+    def find_spec(self, name, *_):
+        if name == "jax":
+            os.kill(os.getpid(), signal.SIGTERM)
+sys.meta_path.insert(0, Notice())
+from jaxrl_reason.cli import main
+sys.exit(main(["run", "configs/quickstart.yaml"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    wanted = "SIGTERM: nothing is lost; the same command goes on from there\n"
+    assert (done.returncode, done.stdout) == (0, wanted), done.stderr
