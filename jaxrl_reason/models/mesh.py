@@ -70,6 +70,14 @@ def from_width(x: Array) -> Array:
     return along_length(x)
 
 
+def on_every_device(x: Array) -> Array:
+    """The array, whole on every device: for small parameters that are looked up in."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not automatic_axes(mesh, mesh.axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 def size_of(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
     """Devices along these axes, as far as no enclosing `shard_map` has taken them."""
     return math.prod(mesh.shape[axis] for axis in automatic_axes(mesh, axes))

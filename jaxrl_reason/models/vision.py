@@ -22,9 +22,10 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from jaxrl_reason.models.attention import attend
+from jaxrl_reason.models.attention_equal import attend_equal
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.layers import PRODUCT, Projection, remat
+from jaxrl_reason.models.mesh import on_every_device
 from jaxrl_reason.models.rotary import Rotation, rotate
 from jaxrl_reason.models.vision_config import VisionConfig
 
@@ -33,11 +34,6 @@ Inputs = Mapping[str, Array]
 """`patches` [R P C] float, and int32 `patch_coords` [R P 2] (row and column of the patch in its
 image), `patch_grids` [R P 2] (rows and columns of that image), `patch_segments` and `patch_windows`
 [R P], where 0 is padding. Grids and windows are read where the model has positions and windows."""
-
-SCORES = 1 << 20
-"""Attention scores computed at a time, of one head of one row."""
-FEWEST_QUERIES = 64
-"""Queries attended at a time in the longest rows."""
 
 _EPS = 1e-6
 _STACKED = ("layers", "deepstack")
@@ -103,36 +99,6 @@ class VisionAttention(nn.Module):
         mixed = attend_equal(rotate(q, rotation), rotate(k, rotation), v, ids)
         back, axes = (*into[1:], into[0]), (*out[1:], out[0])
         return make("rpnh,nhd->rpd", back, axes, 2, name="o")(checkpoint_name(mixed, PRODUCT))
-
-
-def attend_equal(
-    queries: Float[Array, "R P N H"],
-    keys: Float[Array, "R P N H"],
-    values: Float[Array, "R P N H"],
-    ids: Int[Array, "R P"],
-) -> Float[Array, "R P N H"]:
-    """`attend` among patches with equal ids, at most `SCORES` scores of a head and row at a time.
-
-    In long rows some queries at a time, whose scores the backward pass computes again, so that
-    memory grows with P and not with its square.
-    """
-    rows, length = ids.shape
-    size = max(FEWEST_QUERIES, SCORES // length)
-    if length <= size:
-        return attend(queries, keys, values, ids[:, :, None] == ids[:, None, :])
-    count = -(-length // size)
-
-    def cut(x):
-        x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def some(part):
-        queries, of_queries = part
-        return attend(queries, keys, values, of_queries[:, :, None] == ids[:, None, :])
-
-    mixed = jnp.moveaxis(jax.lax.map(some, (cut(queries), cut(ids))), 0, 1)
-    return mixed.reshape(rows, count * size, *queries.shape[2:])[:, :length]
 
 
 class VisionMLP(nn.Module):
@@ -210,7 +176,9 @@ class VisionEnds(nn.Module):
         if not side:
             return x
         coords, grids = inputs["patch_coords"], inputs["patch_grids"]
-        return x + interpolate(self.position_embedding, coords, grids, side).astype(x.dtype)
+        # Cut by their width, as parameters are, they would gather the patches of all rows.
+        table = on_every_device(self.position_embedding)
+        return x + interpolate(table, coords, grids, side).astype(x.dtype)
 
     def merge(self, x: Float[Array, "R P D"]) -> Float[Array, "R M D"]:
         return self.merger(x)

@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from jaxrl_reason.models import vision
+from jaxrl_reason.models import attention_equal
+from jaxrl_reason.models.attention import attend
+from jaxrl_reason.models.attention_equal import attend_equal, attend_flash
 from jaxrl_reason.models.config import ModelConfig
 from jaxrl_reason.models.lora import LoRAConfig
 from jaxrl_reason.models.vision import (
-    attend_equal,
     init_vision,
     place_deep,
     place_features,
@@ -318,8 +320,8 @@ def test_some_queries_at_a_time_give_what_all_together_give(v, monkeypatch):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     whole = run()
-    monkeypatch.setattr(vision, "SCORES", 1)
-    monkeypatch.setattr(vision, "FEWEST_QUERIES", 40)  # does not divide 168
+    monkeypatch.setattr(attention_equal, "SCORES", 1)
+    monkeypatch.setattr(attention_equal, "FEWEST_QUERIES", 40)  # does not divide 168
     for a, b in zip(jax.tree.leaves(run()), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -332,7 +334,25 @@ def test_no_array_has_a_score_for_every_pair_of_patches_of_a_long_row():
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(x, x, x, ids)
     shapes = re.findall(r"\b(?:f32|bool|i32)\[([\d,]+)\]", str(jaxpr))
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
-    assert largest == heads * vision.SCORES < length**2
+    assert largest == heads * attention_equal.SCORES < length**2
+
+
+@pytest.mark.parametrize(("length", "width"), [(168, 12), (512, 80)])
+def test_the_kernel_for_tpus_computes_what_the_plain_way_does(length, width):
+    rng = np.random.default_rng(0)
+    q, k, v, gradient = rng.normal(size=(4, 2, length, 2, width)).astype(np.float32)
+    # Ids in any order, padding among them.
+    ids = jnp.asarray(rng.integers(0, 6, (2, length)), jnp.int32)
+    plain = lambda q, k, v, ids: attend(q, k, v, ids[:, :, None] == ids[:, None, :])
+
+    def run(function):
+        out, pull = jax.vjp(lambda *given: function(*given, ids), q, k, v)
+        return out, *pull(gradient)
+
+    with pltpu.force_tpu_interpret_mode():
+        got = run(attend_flash)
+    for a, b in zip(got, run(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.max(np.abs(b))))
 
 
 def program(v, function=vision_features):
@@ -425,6 +445,33 @@ def test_cut_over_devices_features_are_the_same(mesh8):
     cut = features_of(config, jax.device_put(params, shardings), jax.device_put(inputs, rows))
     for a, b in zip(cut, features_of(config, params, inputs), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_cut_over_devices_no_device_sees_all_rows():
+    """The compiler would cut patches by their width, as `fsdp` cuts parameters, and gather rows."""
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=auto)
+    v = dataclasses.replace(DEEP, hidden_size=64, num_heads=4, intermediate_size=128)
+    config = model_config(v, remat="full")
+    params = jax.eval_shape(functools.partial(init_vision, config), jax.random.key(0))
+    shardings = tree_shardings(mesh, vision_axes(config), params)
+    some = inputs_of(v, ROWS[1:], 96)
+    inputs = jax.tree.map(lambda x: np.concatenate([x] * 8), some)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    on_mesh = lambda tree, sharding: jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding
+    )
+    loss = lambda p, x: sum(jnp.sum(jnp.sin(y)) for y in vision_features(config, p, x))
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss), out_shardings=(None, shardings))
+        text = (
+            step.lower(on_mesh(params, shardings), on_mesh(inputs, dict.fromkeys(inputs, place)))
+            .compile()
+            .as_text()
+        )
+    rows = {int(n) for n in re.findall(r"\[(\d+),96,", text)}
+    assert 2 in rows
+    assert 8 not in rows
 
 
 PUBLISHED = {
