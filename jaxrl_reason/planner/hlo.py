@@ -528,6 +528,9 @@ def _moved(computation: _Computation, one: _Instruction) -> float | None:
     """Bytes of instructions that touch a part of an operand; None for all others."""
     if one.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * one.bytes
+    if one.opcode == "slice-start":  # of an operand, a slice of it and a context
+        source, part = one.shapes[:2]
+        return part.bytes * (source.is_in_memory + part.is_in_memory)
     if one.opcode in ("dynamic-update-slice", "scatter"):
         update = computation.operand(one, 1 if one.opcode == "dynamic-update-slice" else 2)
         return None if update is None else 2 * update.bytes

@@ -278,6 +278,17 @@ def test_what_a_fusion_within_a_fusion_hands_on_is_read():
     assert program_cost(sliced) == program_cost(TPU)
 
 
+def test_a_slice_that_is_fetched_ahead_is_read_once():
+    plain = "%done = bf16[2,1024,512]{2,1,0:T(8,128)(2,1)S(1)} copy-done(%start)"
+    assert TPU.count(plain) == 1
+    ahead = """
+  %ahead = ((bf16[12,512,512]{2,1,0:T(8,128)(2,1)}), bf16[2,512,512]{2,1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%k.1), slice={[0:2], [0:512], [0:512]}
+  %part = bf16[2,512,512]{2,1,0:T(8,128)(2,1)S(1)} slice-done(%ahead)
+"""  # noqa: E501
+    more = program_cost(TPU.replace(plain, plain + ahead)).memory_bytes
+    assert more - program_cost(TPU).memory_bytes == 2 * 2 * 512 * 512
+
+
 def test_computations_of_other_cores_are_read():
     # They end with the name of the thread that they run in.
     other = """%slice.1 (q: bf16[512,512]) -> bf16[512,512] {
