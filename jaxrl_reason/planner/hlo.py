@@ -103,7 +103,8 @@ class Cost:
     endless: tuple[str, ...] = ()
     """Loops whose number of turns is not in the program; they are counted once."""
     kernels: tuple[str, ...] = ()
-    """Names of custom kernels; of those, bytes of operands and results are counted, no products."""
+    """Where custom kernels come from: names of scopes and functions. Bytes of their operands and
+    results are counted, and no products."""
 
     def __add__(self, other: "Cost") -> "Cost":
         collectives = dict(self.collectives)
@@ -249,7 +250,8 @@ class _Program:
             if target is not None and target[1] == "AllocateBuffer":
                 return Cost()
             moved = self._operands(computation, one) + one.bytes
-            return Cost(memory_bytes=moved, kernels=(one.name.partition(".")[0],))
+            name = re.search(r'op_name="([^"]*)"', one.rest)
+            return Cost(memory_bytes=moved, kernels=(name[1] if name else one.name,))
         moved = _moved(computation, one) if opcode != "copy" else None
         if moved is None:
             written = one.shapes[:1] if one.opcode == "copy-start" else one.shapes
@@ -459,7 +461,8 @@ def bits_of(dtype: str) -> int:
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
-    entry, name, lines = None, None, []
+    lines: list[str] = []
+    entry, name = None, None
     for line in text.splitlines():
         if name is None:
             head = re.match(r"(ENTRY )?%([\w.\-]+) \(", line)
@@ -467,9 +470,11 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
                 name, lines = head[2], []
                 entry = name if head[1] else entry
         elif line == "}" or line.startswith("}, "):  # , execution_thread="sparsecore"
-            computations[name], name = _Computation(lines), None
-        elif re.match(r"  (?:ROOT )?%\S+ = ", line):  # attributes of a kernel may go on for lines
-            lines.append(_read_line(line))
+            computations[name], name = _Computation([_read_line(line) for line in lines]), None
+        elif re.match(r"  (?:ROOT )?%\S+ = ", line):
+            lines.append(line)
+        elif lines:  # attributes of a kernel may go on for lines
+            lines[-1] += line
     if entry is None:
         raise ValueError("the text of the program has no entry computation")
     return computations, entry

@@ -128,7 +128,8 @@ def notes(stages: Sequence[StagePlan]) -> list[str]:
     found = []
     if any(cost.endless for cost in costs):
         found.append("Loops whose end is not in the program were counted once.")
-    if any(name.startswith(("splash", "ragged-dot")) for cost in costs for name in cost.kernels):
+    names = [name for cost in costs for name in cost.kernels]
+    if any(kernel in name for kernel in ("splash", "ragged_dot") for name in names):
         found.append("Products inside of kernels (attention, experts) are those of theory.")
     return found
 
