@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxrl_reason.models.attention import attend
-from jaxrl_reason.models.mesh import HEAD_AXES, automatic_axes, platform_of, row_axes, size_of
+from jaxrl_reason.models.mesh import HEAD_AXES, cut, platform_of, row_axes, size_of
 
 SCORES = 1 << 20
 """Attention scores computed at a time, of one head of one row."""
@@ -34,26 +34,18 @@ def attend_equal(
     ids: Int[Array, "R P"],
 ) -> Float[Array, "R P N H"]:
     """`attend` among patches with equal ids; memory grows with P and not with its square."""
-    mesh = jax.sharding.get_abstract_mesh()
-    names = automatic_axes(mesh, mesh.axis_names)
-    # Without a mesh arrays may be cut, and a kernel is not partitioned by the compiler.
-    unknown = mesh.empty and jax.device_count() > 1
-    has_kernel = platform_of(mesh) == "tpu" and not unknown
-    function = attend_flash if has_kernel else attend_some
-    if mesh.empty or mesh.size == 1 or not names:
-        return function(queries, keys, values, ids)
-    rows = row_axes(mesh, queries.shape[0])
-    heads = automatic_axes(mesh, HEAD_AXES)
-    if queries.shape[2] % size_of(mesh, heads):
-        heads = ()
-    by_row, by_head = PartitionSpec(rows), PartitionSpec(rows, None, heads)
-    return jax.shard_map(
-        function,
-        in_specs=(by_head, by_head, by_head, by_row),
-        out_specs=by_head,
-        axis_names=set(names),
-        check_vma=False,  # Pallas declares no varying axes
-    )(queries, keys, values, ids)
+    mesh, count = jax.sharding.get_abstract_mesh(), queries.shape[0]
+    # The compiler does not partition a kernel: it runs where a device has rows of its own.
+    alone = jax.device_count() == 1 if mesh.empty else mesh.size == 1
+    has_kernel = platform_of(mesh) == "tpu" and (alone or row_axes(mesh, count))
+    even = queries.shape[2] % size_of(mesh, HEAD_AXES) == 0
+
+    def specs(rows, heads):
+        by_head = PartitionSpec(rows, None, heads if even else None)
+        return (by_head, by_head, by_head, PartitionSpec(rows)), by_head
+
+    function = cut(attend_flash if has_kernel else attend_some, count, specs)
+    return function(queries, keys, values, ids)
 
 
 def attend_some(queries, keys, values, ids):
@@ -67,7 +59,7 @@ def attend_some(queries, keys, values, ids):
         return attend(queries, keys, values, ids[:, :, None] == ids[:, None, :])
     count = -(-length // size)
 
-    def cut(x):
+    def parts(x):
         x = jnp.pad(x, ((0, 0), (0, count * size - length), *((0, 0),) * (x.ndim - 2)))
         return jnp.moveaxis(x.reshape(rows, count, size, *x.shape[2:]), 1, 0)
 
@@ -76,7 +68,7 @@ def attend_some(queries, keys, values, ids):
         queries, of_queries = part
         return attend(queries, keys, values, of_queries[:, :, None] == ids[:, None, :])
 
-    mixed = jnp.moveaxis(jax.lax.map(some, (cut(queries), cut(ids))), 0, 1)
+    mixed = jnp.moveaxis(jax.lax.map(some, (parts(queries), parts(ids))), 0, 1)
     return mixed.reshape(rows, count * size, *queries.shape[2:])[:, :length]
 
 
