@@ -9,17 +9,20 @@ it hides behind the bytes it works on.
 """
 
 import dataclasses
-import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-_BITS = {"pred": 8, "token": 0, "opaque": 0}
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
-_NAME = re.compile(r"%([\w.\-]+)")
-_TILE = re.compile(r"T\(([\d,*]+)\)")
-_SPACE = re.compile(r"S\((\d+)\)")
+from jaxrl_reason.planner.hlo_text import (
+    NAME,
+    Computation,
+    Instruction,
+    Shape,
+    bytes_in_memory,
+    parse_program,
+)
+
 _CALLED = re.compile(r"(?:calls|to_apply|called_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(
     r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%([\w.\-]+))"
@@ -48,35 +51,6 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """An array of a program: what it holds, how, and in which memory."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    layout: str = ""
-
-    @property
-    def bytes(self) -> float:
-        """Bytes with the padding of its tiles."""
-        return math.prod(self._padded()) * bits_of(self.dtype) / 8
-
-    @property
-    def is_in_memory(self) -> bool:
-        """Whether it lies in the chip's main memory, not in a core's."""
-        space = _SPACE.search(self.layout)
-        return space is None or space[1] == "0"
-
-    def _padded(self) -> list[int]:
-        sizes, tile = list(self.dims), _TILE.search(self.layout)
-        if tile is None or "*" in tile[1] or not sizes:
-            return sizes
-        order = [int(axis) for axis in self.layout.split(":")[0].split(",") if axis]
-        for axis, size in zip(order, reversed([int(n) for n in tile[1].split(",")]), strict=False):
-            sizes[axis] = -(-sizes[axis] // size) * size
-        return sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,67 +107,10 @@ class Cost:
         return sum(c.bytes * n for c, n in self.collectives.items())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    shapes: tuple[Shape, ...]
-    opcode: str
-    operands: tuple[str, ...]
-    inside: str
-    """What stands between the parentheses."""
-    rest: str
-    """Attributes."""
-    is_root: bool
-
-    @property
-    def bytes(self) -> float:
-        return _memory(self.shapes)
-
-    def index(self) -> int:
-        found = re.search(r"\bindex=(\d+)", self.rest)
-        assert found is not None, self.name
-        return int(found[1])
-
-
 class _Number(NamedTuple):
     value: int
     growth: int = 1
     """In each turn of the loop whose state it is a part of."""
-
-
-class _Computation:
-    def __init__(self, instructions: Sequence[_Instruction]):
-        self.by_name = {i.name: i for i in instructions}
-        self.root = next((i for i in instructions if i.is_root), instructions[-1])
-        self.parameters = {int(i.inside): i.name for i in instructions if i.opcode == "parameter"}
-
-    def __iter__(self) -> Iterator[_Instruction]:
-        return iter(self.by_name.values())
-
-    def users(self, name: str) -> list[_Instruction]:
-        return self._users.get(name, [])
-
-    @functools.cached_property
-    def _users(self) -> dict[str, list[_Instruction]]:
-        users: dict[str, list[_Instruction]] = {}
-        for instruction in self:
-            for operand in dict.fromkeys(instruction.operands):
-                users.setdefault(operand, []).append(instruction)
-        return users
-
-    def operand(self, instruction: _Instruction, number: int) -> _Instruction | None:
-        return self.by_name.get(instruction.operands[number])
-
-    def before_copies(self, name: str) -> _Instruction:
-        """What an instruction copies, or itself."""
-        one = self.by_name[name]
-        return self.before_copies(one.operands[0]) if one.opcode == "copy" else one
-
-    def before_bitcasts(self, one: _Instruction) -> str:
-        """The name of what an instruction is another view of, or its own."""
-        while one.opcode in ("bitcast", "reshape"):
-            one = self.by_name[one.operands[0]]
-        return one.name
 
 
 def program_cost(text: str) -> Cost:
@@ -210,7 +127,7 @@ def program_cost(text: str) -> Cost:
 
 class _Program:
     def __init__(self, text: str):
-        self._computations, self._entry = _parse(text)
+        self._computations, self._entry = parse_program(text)
         partitions = re.search(r"num_partitions=(\d+)", text)
         self._devices = int(partitions[1]) if partitions else 1
         self._known: dict[str, Cost] = {}
@@ -227,7 +144,7 @@ class _Program:
             self._known[name] = total
         return self._known[name]
 
-    def _instruction(self, computation: _Computation, one: _Instruction) -> Cost:
+    def _instruction(self, computation: Computation, one: Instruction) -> Cost:
         opcode = one.opcode.removesuffix("-start")
         if one.opcode in _FREE or one.opcode.endswith("-done") or one.opcode == "async-update":
             return Cost()
@@ -255,7 +172,7 @@ class _Program:
         moved = _moved(computation, one) if opcode != "copy" else None
         if moved is None:
             written = one.shapes[:1] if one.opcode == "copy-start" else one.shapes
-            moved = self._operands(computation, one) + _memory(written)
+            moved = self._operands(computation, one) + bytes_in_memory(written)
         return Cost(flops=_flops(computation, one), memory_bytes=moved)
 
     def _inside(self, names: Sequence[str]) -> Cost:
@@ -273,25 +190,25 @@ class _Program:
                     total += Cost(flops=_flops(computation, one))
         return total
 
-    def _operands(self, computation: _Computation, one: _Instruction) -> float:
+    def _operands(self, computation: Computation, one: Instruction) -> float:
         found = (computation.by_name.get(name) for name in one.operands)
         return sum(i.bytes for i in found if i is not None)
 
     # Fusions
 
-    def _fused_bytes(self, computation: _Computation, one: _Instruction) -> float:
+    def _fused_bytes(self, computation: Computation, one: Instruction) -> float:
         (name,) = _CALLED.findall(one.rest)
         inner = self._computations[name]
         total = self._written(inner, inner.root, one.shapes)
         for number, operand in enumerate(one.operands):
             outer = computation.by_name.get(operand)
-            if outer is None or not _memory(outer.shapes):
+            if outer is None or not bytes_in_memory(outer.shapes):
                 continue
             read = self._read(inner, inner.parameters[number])
             total += outer.bytes if read is None else min(outer.bytes, read)
         return total
 
-    def _read(self, inner: _Computation, name: str) -> float | None:
+    def _read(self, inner: Computation, name: str) -> float | None:
         """Bytes of a parameter that a fused computation reads; None: all."""
         if name == inner.root.name:
             return None
@@ -312,7 +229,7 @@ class _Program:
             total += read
         return total
 
-    def _read_nested(self, inner: _Computation, user: _Instruction, name: str) -> float | None:
+    def _read_nested(self, inner: Computation, user: Instruction, name: str) -> float | None:
         (called,) = _CALLED.findall(user.rest)
         nested = self._computations[called]
         parameters = [
@@ -323,7 +240,7 @@ class _Program:
         parts = [self._read(nested, parameter) for parameter in parameters]
         return None if None in parts else sum(part for part in parts if part is not None)
 
-    def _written(self, inner: _Computation, root: _Instruction, shapes: Sequence[Shape]) -> float:
+    def _written(self, inner: Computation, root: Instruction, shapes: Sequence[Shape]) -> float:
         if root.opcode == "tuple":
             parts = [inner.by_name[name] for name in root.operands]
             pairs = zip(parts, shapes, strict=True)
@@ -332,7 +249,9 @@ class _Program:
             return 0.0
         if root.opcode in ("bitcast", "reshape"):
             before = inner.operand(root, 0)
-            return _memory(shapes) if before is None else self._written(inner, before, shapes)
+            return (
+                bytes_in_memory(shapes) if before is None else self._written(inner, before, shapes)
+            )
         if root.opcode == "fusion":
             (called,) = _CALLED.findall(root.rest)
             return self._written(
@@ -342,11 +261,11 @@ class _Program:
             update = inner.operand(root, 1 if root.opcode == "dynamic-update-slice" else 2)
             if update is not None:
                 return sum(shape.bytes for shape in update.shapes)
-        return _memory(shapes)
+        return bytes_in_memory(shapes)
 
     # Loops
 
-    def _loop(self, computation: _Computation, one: _Instruction) -> Cost:
+    def _loop(self, computation: Computation, one: Instruction) -> Cost:
         names = dict(re.findall(r"\b(condition|body)=%([\w.\-]+)", one.rest))
         body = self._of(names["body"])
         known = _KNOWN.search(one.rest)
@@ -357,7 +276,7 @@ class _Program:
         return body.times(turns)
 
     def _turns(
-        self, computation: _Computation, one: _Instruction, condition: str, body: str
+        self, computation: Computation, one: Instruction, condition: str, body: str
     ) -> int | None:
         """How often a loop runs whose counter grows from a constant to another, evenly."""
 
@@ -381,7 +300,7 @@ class _Program:
         by = [_integer(part) for part in parts if part.opcode == "constant"]
         return max(by[0] or 1, 1) if grows and by else 1
 
-    def _bound(self, inner: _Computation, root: _Instruction, begin, given) -> int | None:
+    def _bound(self, inner: Computation, root: Instruction, begin, given) -> int | None:
         """Most turns that a condition allows; of an `and`, by the part that is known.
 
         Args:
@@ -409,7 +328,7 @@ class _Program:
             return None
         return max(math.ceil((high.value - low.value) / low.growth), 0)
 
-    def _value(self, inner: _Computation, name: str, begin, given) -> _Number | None:
+    def _value(self, inner: Computation, name: str, begin, given) -> _Number | None:
         one = inner.by_name[name]
         if one.opcode in ("copy", "bitcast", "convert"):
             return self._value(inner, one.operands[0], begin, given)
@@ -420,7 +339,7 @@ class _Program:
         value = _integer(one) if one.opcode == "constant" else None
         return None if value is None else _Number(value)
 
-    def _number(self, computation: _Computation, name: str, index: int | None) -> int | None:
+    def _number(self, computation: Computation, name: str, index: int | None) -> int | None:
         """The constant that an element of a tuple is, if it is one."""
         one = computation.by_name.get(name)
         if one is None:
@@ -433,7 +352,7 @@ class _Program:
 
     # Collectives
 
-    def _collective(self, computation: _Computation, one: _Instruction) -> Collective:
+    def _collective(self, computation: Computation, one: Instruction) -> Collective:
         kind = one.opcode.removesuffix("-start")
         operands = [computation.by_name[name] for name in one.operands]
         whole = sum(shape.bytes for operand in operands for shape in operand.shapes)
@@ -450,86 +369,18 @@ class _Program:
         return Collective(kind, sent, group)
 
 
-def bits_of(dtype: str) -> int:
-    """Bits of one element of an HLO type such as `bf16`."""
-    if dtype in _BITS:
-        return _BITS[dtype]
-    digits = re.search(r"\d+", dtype)
-    assert digits is not None, dtype
-    return int(digits[0])
-
-
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
-    lines: list[str] = []
-    entry, name = None, None
-    for line in text.splitlines():
-        if name is None:
-            head = re.match(r"(ENTRY )?%([\w.\-]+) \(", line)
-            if head is not None and line.endswith("{"):
-                name, lines = head[2], []
-                entry = name if head[1] else entry
-        elif line == "}" or line.startswith("}, "):  # , execution_thread="sparsecore"
-            computations[name], name = _Computation([_read_line(line) for line in lines]), None
-        elif re.match(r"  (?:ROOT )?%\S+ = ", line):
-            lines.append(line)
-        elif lines:  # attributes of a kernel may go on for lines
-            lines[-1] += line
-    if entry is None:
-        raise ValueError("the text of the program has no entry computation")
-    return computations, entry
-
-
-def _read_line(line: str) -> _Instruction:
-    left, right = line.strip().split(" = ", 1)
-    end = _closing(right, 0) + 1 if right.startswith("(") else right.index(" ")
-    kind, call = right[:end], right[end:].lstrip()
-    opened = call.index("(")
-    closed = _closing(call, opened)
-    inside = call[opened + 1 : closed]
-    return _Instruction(
-        name=left.removeprefix("ROOT ").lstrip("%"),
-        shapes=tuple(_shapes(kind)),
-        opcode=call[:opened],
-        operands=tuple(_NAME.findall(inside)),
-        inside=inside,
-        rest=call[closed + 1 :],
-        is_root=left.startswith("ROOT "),
-    )
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` closes."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] == "(") - (text[place] == ")")
-        if depth == 0:
-            return place
-    raise ValueError(f"a parenthesis is not closed in {text[start : start + 80]!r}")
-
-
-def _shapes(kind: str) -> Iterator[Shape]:
-    for dtype, dims, layout in _SHAPE.findall(kind):
-        sizes = tuple(int(size.lstrip("<=")) for size in dims.split(",") if size)
-        yield Shape(dtype, sizes, layout)
-
-
-def _memory(shapes: Sequence[Shape]) -> float:
-    return sum(shape.bytes for shape in shapes if shape.is_in_memory)
-
-
-def _branches(one: _Instruction) -> list[str]:
+def _branches(one: Instruction) -> list[str]:
     names: list[str] = []
     for many, single in _BRANCHES.findall(one.rest):
-        names += _NAME.findall(many) if many else [single]
+        names += NAME.findall(many) if many else [single]
     return names
 
 
-def _integer(one: _Instruction) -> int | None:
+def _integer(one: Instruction) -> int | None:
     return int(one.inside) if re.fullmatch(r"-?\d+", one.inside) else None
 
 
-def _moved(computation: _Computation, one: _Instruction) -> float | None:
+def _moved(computation: Computation, one: Instruction) -> float | None:
     """Bytes of instructions that touch a part of an operand; None for all others."""
     if one.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * one.bytes
@@ -542,7 +393,7 @@ def _moved(computation: _Computation, one: _Instruction) -> float | None:
     return None
 
 
-def _flops(computation: _Computation, one: _Instruction) -> float:
+def _flops(computation: Computation, one: Instruction) -> float:
     if one.opcode not in ("dot", "convolution"):
         return 0.0
     left, right = (computation.by_name[name].shapes[0] for name in one.operands[:2])

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxrl_reason.models.experts import Way, mix_experts
-from jaxrl_reason.planner.hlo import Collective, Cost, Shape, program_cost
+from jaxrl_reason.planner.hlo import Collective, Cost, program_cost
+from jaxrl_reason.planner.hlo_text import Shape
 
 
 def cost_of(function, *shapes) -> Cost:
