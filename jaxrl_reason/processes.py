@@ -8,13 +8,18 @@ nothing.
 
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from jaxrl_reason.errors import InputError
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+_UNIT = 2**20
+_GATHERED_BYTES = 2**28
+"""Of all processes at once, on every device."""
 
 ADDRESS, COUNT, NUMBER = "JAXRL_COORDINATOR", "JAXRL_PROCESSES", "JAXRL_PROCESS"
 """Variables of the environment: where the first process listens, how many there are, which this is.
@@ -155,13 +160,18 @@ def gather(value: T) -> list[T]:
     from jax.experimental import multihost_utils
 
     own = np.frombuffer(pickle.dumps(value), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(own.size, np.int32))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: own.size] = own
-    every = np.asarray(multihost_utils.process_allgather(padded))
-    return [
-        pickle.loads(row[:size].tobytes()) for row, size in zip(every, sizes.tolist(), strict=True)
-    ]
+    # In two numbers: a single one of 32 bits ends at 2 GiB.
+    parts = multihost_utils.process_allgather(np.asarray(divmod(own.size, _UNIT), np.int32))
+    sizes = [high * _UNIT + low for high, low in parts.tolist()]
+    # Few sizes of pieces, each of which compiles a program, and none too large for the devices.
+    piece = min(2 ** (max(sizes) - 1).bit_length(), max(_GATHERED_BYTES // count(), 1))
+    every = np.zeros((count(), -(-max(sizes) // piece) * piece), np.uint8)
+    for start in range(0, max(sizes), piece):
+        part = own[start : start + piece]
+        padded = np.zeros(piece, np.uint8)
+        padded[: part.size] = part
+        every[:, start : start + piece] = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size]) for row, size in zip(every, sizes, strict=True)]
 
 
 def together(make: Callable[[], T]) -> list[T]:
@@ -196,3 +206,17 @@ def from_first(make: Callable[[], T]) -> T:
     """
     first: list[Any] = together(lambda: make() if is_first() else None)
     return first[0]
+
+
+def divided(items: Sequence[S], make: Callable[[S], T]) -> list[T]:
+    """`make` of every item, in their order, in all processes; each calls it for its share.
+
+    Raises:
+        InputError: as `together`.
+    """
+    own: list[T] = []
+    together(lambda: own.extend(make(item) for item in items[number() :: count()]))
+    # One of each process at a time, as they may be large.
+    rounds = range(-(-len(items) // count()))
+    found = [value for at in rounds for value in gather(own[at] if at < len(own) else None)]
+    return found[: len(items)]

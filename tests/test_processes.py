@@ -288,6 +288,95 @@ def test_devices_and_processes_change_nothing(alone, mesh, count, devices):
         assert (many / file).read_text() == (one / file).read_text()
 
 
+SEEING = """
+name: many
+task: {name: shapes}
+max_prompt_length: 500
+max_visual_tokens: 64
+evaluation: {problems: 5, batch_size: 8, max_completion_length: 4, sampling: {temperature: 0}}
+stages:
+  grpo:
+    kind: grpo
+    steps: 1
+    prompts_per_step: 8
+    num_generations: 2
+    max_completion_length: 4
+    rewards:
+      - {kind: python, name: variety, function: "rewards_of_processes:variety", scope: completion}
+    optimizer: {learning_rate: 1.0e-2}
+"""
+
+
+@pytest.mark.slow
+def test_what_prompts_show_is_the_same_for_several_processes(directories, tmp_path):
+    config = write_config(tmp_path)
+    run = {**yaml.safe_load(SEEING), "model": {"path": str(directories["qwen3_vl"])}}
+    config.write_text(yaml.safe_dump(run, sort_keys=False))
+    for count in (1, 2):
+        running = start(
+            config, f"by_{count}", {"data": 2, "fsdp": 2, "tensor": 2}, count, 8 // count
+        )
+        said, _ = running.communicate(timeout=600)
+        assert running.returncode == 0, said
+    one, two = (tmp_path / f"by_{count}" / "many" for count in (1, 2))
+    expected, found = (gradients(run, "grpo") for run in (one, two))
+    assert any("vision" in path for path in expected)
+    largest = max(np.abs(value).max() for value in expected.values())
+    for path, value in found.items():
+        np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-5 * largest)
+    assert (two / "init/samples.jsonl").read_text() == (one / "init/samples.jsonl").read_text()
+
+
+SHARES = """
+import sys
+import numpy as np
+from jaxrl_reason import processes
+from jaxrl_reason.errors import InputError
+
+processes.start()
+processes._GATHERED_BYTES = 4096
+made = []
+
+
+def make(size):
+    made.append(size)
+    if size < 0:
+        raise InputError(f"{size} is less than 0")
+    return np.arange(size), str(size)
+
+
+sizes = [3, 5000, 0, 17, 70000]
+for (array, text), size in zip(processes.divided(sizes, make), sizes, strict=True):
+    assert text == str(size) and np.array_equal(array, np.arange(size))
+assert made == sizes[processes.number() :: 2], made
+assert processes.divided([], make) == []
+try:
+    processes.divided([1, 2, 3, -4], make)
+except InputError as error:
+    assert str(error) == "-4 is less than 0"
+    sys.exit(0)
+sys.exit("nothing was refused")
+"""
+
+
+def test_each_process_makes_its_share_and_has_all(tmp_path):
+    (tmp_path / "shares.py").write_text(SHARES)
+    address = f"localhost:{launch._free_port()}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "shares.py"],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+            | {ADDRESS: address, COUNT: "2", NUMBER: str(number)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    for one in running:
+        _, said = one.communicate(timeout=120)
+        assert one.returncode == 0, said
+
+
 @pytest.mark.slow
 def test_a_notice_ends_all_processes_after_the_same_step(tmp_path):
     config = write_config(tmp_path)

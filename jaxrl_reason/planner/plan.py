@@ -106,12 +106,17 @@ def plan_stages(
         topology: what to compile for.
         names: of the stages; all by default.
         say: receives a line about each program as it is compiled.
+
+    Raises:
+        InputError: the rows of a stage do not divide over the mesh.
     """
     chosen = [stage for stage in stages_of(context) if names is None or stage.name in names]
+    # Mistakes of any stage are told before the first is compiled, which may take minutes.
+    described = [(stage, stage_programs(stage)) for stage in chosen]
     plans = []
-    for stage in chosen:
+    for stage, of_stage in described:
         programs = []
-        for program in stage_programs(stage):
+        for program in of_stage:
             made = _plan_program(program, context.model.config, topology)
             say(f"{stage.name}: {program.name} compiled in {made.compile_seconds:.0f} s")
             programs.append(made)

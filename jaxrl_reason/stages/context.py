@@ -269,8 +269,13 @@ class Context:
         )
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt]:
-        """The problems' prompts as the model reads them."""
-        return [self.encoder.problem(problem) for problem in problems]
+        """The problems' prompts as the model reads them.
+
+        Of prompts with images or videos each process reads its share, and sends it to the others.
+        """
+        if self.encoder.vision is None:
+            return [self.encoder.problem(problem) for problem in problems]
+        return processes.divided(problems, self.encoder.problem)
 
     def check_prompts(self, problems: Sequence[Problem], where: str) -> None:
         """Refuse problems whose prompts are too long to sample from.

@@ -10,15 +10,23 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrl_reason import processes
 from jaxrl_reason.data.batching import visual_rows
 from jaxrl_reason.data.vision import VisionRow
 from jaxrl_reason.models import Model, Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.sampling import Shown
-from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch, replicated
+from jaxrl_reason.sharding import (
+    OnMesh,
+    batch_multiple,
+    batch_sharding,
+    place_batch,
+    replicated,
+)
 from jaxrl_reason.stages.encoding import Prompt
 from jaxrl_reason.stages.policy_rows import Sight
 
@@ -48,9 +56,10 @@ class Eyes:
 
     def __init__(self, model: Model, mesh: Mesh, visual_tokens: int):
         self._model, self._mesh, self._most = model, mesh, visual_tokens
-        encode = jax.jit(model.visual_features, out_shardings=replicated(mesh))
+        encode = jax.jit(model.visual_features, out_shardings=batch_sharding(mesh))
         self.program = OnMesh(encode, mesh)
         """`(params, arrays of patches)` to features."""
+        self._row = OnMesh(jax.jit(_row, out_shardings=replicated(mesh)), mesh)
         vision = jax.eval_shape(model.init, jax.random.key(0))["vision"]
         trains = trainable(model.config)
         paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(vision))
@@ -103,13 +112,19 @@ class Eyes:
         shape = (batch_multiple(self._mesh), length)
         arrays = visual_rows([[row] for row in rows], shape, self._most * self.patches_per_token)
         arrays = {name: x for name, x in arrays.items() if name.startswith("patch")}
-        made = jax.device_get(self.program(params, place_batch(arrays, self._mesh)))
-        deep = made.get("deep_features")
-        sizes = [len(row.patches) // self.patches_per_token for row in rows]
-        return [
-            _Features(made["features"][r, :n], None if deep is None else deep[r, :, :n])
-            for r, n in enumerate(sizes)
-        ]
+        made = self.program(params, place_batch(arrays, self._mesh))
+        if processes.count() == 1:
+            made = jax.device_get(made)
+            row_of = lambda r: {name: x[r] for name, x in made.items()}
+        else:  # every device has room for a row of another, but perhaps not for all
+            row_of = lambda r: jax.device_get(self._row(made, r))
+        found = []
+        for r, row in enumerate(rows):
+            count, features = len(row.patches) // self.patches_per_token, row_of(r)
+            deep = features.get("deep_features")
+            merged = features["features"][:count]
+            found.append(_Features(merged, None if deep is None else deep[:, :count]))
+        return found
 
     def _keep(self, found: dict[bytes, _Features]) -> None:
         for name, features in found.items():
@@ -117,6 +132,16 @@ class Eyes:
             self._kept.move_to_end(name)
         while sum(x.nbytes for x in self._kept.values()) > _KEPT_BYTES and len(self._kept) > 1:
             self._kept.popitem(last=False)
+
+
+def _row(made: dict[str, jax.Array], number: jax.Array) -> dict[str, jax.Array]:
+    """A row of arrays [R, ...]. Indexing would gather all rows first; a sum gathers this one."""
+
+    def of(x: jax.Array) -> jax.Array:
+        wanted = (jnp.arange(x.shape[0]) == number).reshape(-1, *(1,) * (x.ndim - 1))
+        return jnp.where(wanted, x, jnp.zeros_like(x)).sum(axis=0)
+
+    return {name: of(x) for name, x in made.items()}
 
 
 def _name(row: VisionRow) -> bytes:
