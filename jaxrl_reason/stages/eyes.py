@@ -24,6 +24,7 @@ from jaxrl_reason.sharding import (
     OnMesh,
     batch_multiple,
     batch_sharding,
+    own_rows,
     place_batch,
     replicated,
 )
@@ -108,11 +109,15 @@ class Eyes:
 
     def _encode(self, params: Params, rows: list[VisionRow]) -> list[_Features]:
         """Of as many rows as there are devices, or fewer; one shape for all."""
-        length = max(len(row.visual_index) for row in rows)
-        shape = (batch_multiple(self._mesh), length)
-        arrays = visual_rows([[row] for row in rows], shape, self._most * self.patches_per_token)
+        size = batch_multiple(self._mesh)
+        own = own_rows(self._mesh, size)
+        shape = (len(own), max(len(row.visual_index) for row in rows))
+        patches = self._most * self.patches_per_token
+        arrays = visual_rows(
+            [[rows[r]] for r in own if r < len(rows)], shape, patches, like=rows[0]
+        )
         arrays = {name: x for name, x in arrays.items() if name.startswith("patch")}
-        made = self.program(params, place_batch(arrays, self._mesh))
+        made = self.program(params, place_batch(arrays, self._mesh, rows=size))
         if processes.count() == 1:
             made = jax.device_get(made)
             row_of = lambda r: {name: x[r] for name, x in made.items()}

@@ -21,7 +21,7 @@ from jaxrl_reason.data.groups import (
 from jaxrl_reason.data.vision import VisionRow, without_patches
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.losses import LOSS_TYPES
-from jaxrl_reason.sharding import batch_multiple, place_batch
+from jaxrl_reason.sharding import batch_multiple, own_rows, place_batch
 
 _LONG_ROW = 1024
 _WHOLE_GROUP = 2048
@@ -138,9 +138,11 @@ class PolicyRows:
         counts: Bool[np.ndarray, " B"] | None = None,
         sights: Sequence[Sight] | None = None,
     ) -> tuple[dict[str, jax.Array], dict[str, float]]:
-        """`arrays` on the mesh."""
-        cut, info = self.arrays(rollout, advantages, counts, sights)
-        return place_batch(cut, self.mesh, batch_axis=1), info
+        """`arrays` on the mesh; each process fills the rows of its own devices."""
+        rows = self.shape[1]
+        own = own_rows(self.mesh, rows)
+        cut, info = self.arrays(rollout, advantages, counts, sights, own=own)
+        return place_batch(cut, self.mesh, batch_axis=1, rows=rows), info
 
     def arrays(
         self,
@@ -148,6 +150,8 @@ class PolicyRows:
         advantages: Float[np.ndarray, " B"],
         counts: Bool[np.ndarray, " B"] | None = None,
         sights: Sequence[Sight] | None = None,
+        *,
+        own: Int[np.ndarray, " R"] | None = None,
     ) -> tuple[Batch, dict[str, float]]:
         """A batch as `make_policy_step` reads it, [k, rows, ...].
 
@@ -159,10 +163,11 @@ class PolicyRows:
             advantages: one of each completion.
             counts: completions that count in the loss; all by default.
             sights: what each prompt shows, with `visual_tokens`.
+            own: rows of each microbatch that are wanted, ascending; all by default.
 
         Returns:
-            The arrays, and `tokens` (prompts and completions in the rows), `counted` (of them under
-            the mask of the loss), `padding_share` (of the slots that are worked on),
+            The arrays, and, of all rows, `tokens` (prompts and completions in them), `counted` (of
+            these under the mask of the loss), `padding_share` (of the slots that are worked on),
             `dropped_completions` and `dropped_groups` (that nothing is left of).
         """
         counted = rollout.completion_mask & rollout.sampled
@@ -171,7 +176,8 @@ class PolicyRows:
         sizes = counted.sum(axis=1)
         dropped = (sizes > 0) & (advantages == 0) & self.drop
         kept = (sizes > 0) & ~dropped
-        made, used = self._fill(rollout, counted, kept, sights)
+        made, packed = self._fill(rollout, counted, kept)
+        used = math.ceil(len(packed) / self.shape[1])
         batch = made.batch
         batch["advantages"] = made.spread(advantages)
         batch["sampling_logprobs"] = made.spread(rollout.sampling_logprobs + rollout.kept_logmass)
@@ -190,11 +196,18 @@ class PolicyRows:
             "dropped_completions": dropped.sum(),
             "dropped_groups": (groups(dropped) & ~groups(kept)).sum(),
         }
-        cut = {name: x.reshape(*self.shape, *x.shape[1:]) for name, x in batch.items()}
-        return cut, {name: float(value) for name, value in info.items()}
+        rows = np.arange(math.prod(self.shape)).reshape(self.shape)
+        rows = rows if own is None else rows[:, own]
+        batch = {name: x[rows] for name, x in batch.items()}
+        if self.visual_tokens:
+            lengths = rollout.completion_mask.sum(axis=1)
+            wanted = [packed[r] for r in rows.ravel() if r < len(packed)]
+            for name, x in self._show(wanted, sights, lengths, rows.size).items():
+                batch[name] = x.reshape(*rows.shape, *x.shape[1:])
+        return batch, {name: float(value) for name, value in info.items()}
 
-    def _fill(self, rollout, counted, kept, sights) -> tuple[GroupRows, int]:
-        """The rows, and how many microbatches they fill."""
+    def _fill(self, rollout, counted, kept) -> tuple[GroupRows, list[list[Document]]]:
+        """The rows, and the documents of those that are not empty."""
         count, rows = self.shape
         lengths = rollout.completion_mask.sum(axis=1)
         numbers = [int(i) for i in np.flatnonzero(kept)]
@@ -225,9 +238,7 @@ class PolicyRows:
             pad_id=self.pad_id,
             num_rows=count * rows,
         )
-        if self.visual_tokens:
-            made.batch.update(self._show(packed, sights, lengths, count * rows))
-        return made, math.ceil(len(packed) / rows)
+        return made, packed
 
     def _show(self, packed, sights: Sequence[Sight], lengths, num_rows: int) -> Batch:
         """Positions, and the images and videos of each row: patches, or features of them."""

@@ -166,15 +166,20 @@ def _like(row: Batch, rows: tuple[int, ...]) -> Shapes:
 
 
 def _policy_batch(stage: Stage, rows: PolicyRows) -> Shapes:
-    """Shapes of a step's batch, from the rows of a single group."""
+    """Shapes of a step's batch, from the row of a single completion."""
     config: PolicyConfig = stage.config
-    context, group = stage.context, config.num_generations
+    context = stage.context
     one = dataclasses.replace(
-        rows, completions=group, row_length=rows.length, microbatch_tokens=rows.length
+        rows,
+        completions=1,
+        num_generations=1,
+        row_length=rows.length,
+        microbatch_tokens=rows.length,
     )
     sights = [_sight(context)] if context.visual_tokens else None
-    rollout = _longest(group, context.config.max_prompt_length, config.max_completion_length)
-    batch, _ = one.arrays(rollout, np.ones(group, np.float32), sights=sights)
+    rollout = _longest(context.config.max_prompt_length, config.max_completion_length)
+    advantages = np.ones(1, np.float32)
+    batch, _ = one.arrays(rollout, advantages, sights=sights, own=np.zeros(1, int))
     of = lambda x: jax.ShapeDtypeStruct((*rows.shape, *x.shape[2:]), x.dtype)
     return {name: of(x) for name, x in batch.items()}
 
@@ -230,19 +235,19 @@ def _placed(stage: Stage, batch: Batch | Shapes, *, batch_axis: int = 0) -> Shap
     return {name: of(x) for name, x in batch.items()}
 
 
-def _longest(group: int, prompt: int, completion: int) -> Rollout:
-    """A group in which the prompt and all completions are as long as they may be."""
-    shape = (group, completion)
+def _longest(prompt: int, completion: int) -> Rollout:
+    """A prompt and a completion that are as long as they may be."""
+    shape = (1, completion)
     return Rollout(
         prompts=[[0] * prompt],
-        num_generations=group,
+        num_generations=1,
         tokens=np.zeros(shape, np.int32),
         completion_mask=np.ones(shape, bool),
         sampled=np.ones(shape, bool),
         sampling_logprobs=np.zeros(shape, np.float32),
         kept_logmass=np.zeros(shape, np.float32),
         versions=np.zeros(shape, np.int32),
-        finished=np.ones(group, bool),
+        finished=np.ones(1, bool),
     )
 
 

@@ -318,11 +318,10 @@ def rows_of(context, rollout: Rollout, **changes):
         completions=4,
         num_generations=2,
         row_length=None,
-        microbatch_tokens=None,
         drop=False,
         visual_tokens=context.visual_tokens,
         patches_per_token=context.patches_per_token,
-        **changes,
+        **{"microbatch_tokens": None, **changes},
     )
 
 
@@ -348,6 +347,20 @@ def test_sampling_and_training_agree_about_what_they_see(sampled):
     swapped, _ = rows_of(context, rollout).place(rollout, advantages, None, sights[::-1])
     other = np.asarray(logprobs(params, swapped))
     assert np.abs(other - found[0][1]).max() > 1e-4
+
+
+def test_a_process_fills_its_own_rows_alone(sampled):
+    context, _, sights, rollout = sampled
+    for given in (sights, [sight._replace(features=None, deep_features=None) for sight in sights]):
+        rows = rows_of(context, rollout, microbatch_tokens=1)
+        every, info = rows.arrays(rollout, np.arange(4.0), None, given)
+        assert every["tokens"].shape[:2] == (1, 4)
+        for own in ([0, 1], [1, 3], [2, 3]):
+            some, same = rows.arrays(rollout, np.arange(4.0), None, given, own=np.array(own))
+            assert same == info
+            assert some.keys() == every.keys()
+            for name, x in every.items():
+                np.testing.assert_array_equal(some[name], x[:, own], err_msg=name)
 
 
 @pytest.mark.parametrize(
