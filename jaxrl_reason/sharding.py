@@ -8,6 +8,7 @@ and a pod; one configuration field changes the mesh.
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, ParamSpec, TypeVar
 
@@ -23,6 +24,9 @@ R = TypeVar("R")
 
 MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
 BATCH_AXES = ("data", "fsdp", "expert")
+
+
+_WINDOWED = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,6 +238,21 @@ def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0, rows: int | None = No
         return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(place, batch)
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What `jax.jit` is told for passes over a whole model on the devices of a mesh.
+
+    On v6e products are not cut into those with each part of a gathered operand: every part then adds
+    to all of the output, and memory, not products, bounds a step there. `LIBTPU_INIT_ARGS` has the
+    last word.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    if kind not in ("TPU v6 lite", "TPU v6e") or _WINDOWED in os.environ.get(
+        "LIBTPU_INIT_ARGS", ""
+    ):
+        return {}
+    return {_WINDOWED: "1000000"}
 
 
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray:

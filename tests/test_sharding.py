@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jaxrl_reason.sharding import (
     AxisRules,
     MeshConfig,
     batch_multiple,
+    compiler_options,
     make_mesh,
     place_batch,
     tree_shardings,
@@ -144,3 +146,19 @@ def test_experts_are_cut_over_their_axis():
     assert shardings["router"].spec == PartitionSpec(None, "fsdp", None)
     with pytest.raises(InputError, match="gate: experts=3 over expert=2"):
         tree_shardings(mesh, axes, shapes | {"gate": jnp.zeros((3, 3, 8, 6))})
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "is_told"),
+    [
+        ("TPU v6 lite", "", True),
+        ("TPU v6 lite", "--xla_tpu_some=1", True),
+        ("TPU v6 lite", "--xla_jf_spmd_threshold_for_windowed_einsum_mib=0", False),
+        ("TPU v5", "", False),
+        ("cpu", "", False),
+    ],
+)
+def test_only_v6e_is_told_not_to_cut_products(monkeypatch, kind, arguments, is_told):
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", arguments)
+    mesh = SimpleNamespace(devices=np.array([[SimpleNamespace(device_kind=kind)]], object))
+    assert bool(compiler_options(mesh)) == is_told

@@ -16,7 +16,13 @@ from jaxrl_reason.data.batching import fill_rows, step_indices
 from jaxrl_reason.data.records import load_records, write_jsonl
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.processes import from_first
-from jaxrl_reason.sharding import OnMesh, batch_multiple, place_batch, replicated
+from jaxrl_reason.sharding import (
+    OnMesh,
+    batch_multiple,
+    compiler_options,
+    place_batch,
+    replicated,
+)
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import FileData, SampledPairs
 from jaxrl_reason.stages.encoding import file_records
@@ -181,7 +187,12 @@ def pair_program(stage: Stage) -> OnMesh:
     def sums(params, batch):
         return pair_logprobs(context.model, params, batch, logprob_chunk_size=chunk)[0]
 
-    return OnMesh(jax.jit(sums, out_shardings=replicated(context.mesh)), context.mesh)
+    jitted = jax.jit(
+        sums,
+        out_shardings=replicated(context.mesh),
+        compiler_options=compiler_options(context.mesh),
+    )
+    return OnMesh(jitted, context.mesh)
 
 
 def reference_rows(stage: Stage) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable, without_adapter
-from jaxrl_reason.sharding import OnMesh, batch_sharding
+from jaxrl_reason.sharding import OnMesh, batch_sharding, compiler_options
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.policy_mismatch import Mismatch, make_correction
@@ -28,9 +28,15 @@ def batch_logprobs(stage: Stage) -> OnMesh:
     config: PolicyConfig = stage.config
     context = stage.context
     of_model = _of_model(config)
-    place = batch_sharding(context.mesh, batch_axis=1)
-    jitted = lambda: jax.jit(make_batch_logprobs(context.model, **of_model), out_shardings=place)
-    make = lambda: OnMesh(jitted(), context.mesh)
+
+    def make() -> OnMesh:
+        jitted = jax.jit(
+            make_batch_logprobs(context.model, **of_model),
+            out_shardings=batch_sharding(context.mesh, batch_axis=1),
+            compiler_options=compiler_options(context.mesh),
+        )
+        return OnMesh(jitted, context.mesh)
+
     return context.shared.get(make, "batch_logprobs", of_model)
 
 

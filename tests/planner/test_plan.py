@@ -304,11 +304,11 @@ def test_an_unknown_stage_is_refused(tmp_path):
 @pytest.mark.skipif(tpu_compiler() is None, reason="libtpu is not installed")
 def test_the_command_plans_for_tpus(tmp_path):
     done = plan_command(
-        tmp_path, "--topology", "v5e:2x4", "--json", "-", TPU_LIBRARY_PATH=str(tpu_compiler())
+        tmp_path, "--topology", "v6e:2x4", "--json", "-", TPU_LIBRARY_PATH=str(tpu_compiler())
     )
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert (made["chips"], made["chip"]["name"]) == (8, "TPU v5e")
+    assert (made["chips"], made["chip"]["name"]) == (8, "TPU v6e")
     assert [stage["stage"] for stage in made["stages"]] == ["cold", "prefer", "reason", "keep"]
     for stage in made["stages"]:
         assert stage["fits"]
