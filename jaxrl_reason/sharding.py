@@ -243,9 +243,9 @@ def place_batch(batch, mesh: Mesh, *, batch_axis: int = 0, rows: int | None = No
 def compiler_options(mesh: Mesh) -> dict[str, str]:
     """What `jax.jit` is told for passes over a whole model on the devices of a mesh.
 
-    On v6e products are not cut into those with each part of a gathered operand: every part then adds
-    to all of the output, and memory, not products, bounds a step there. `LIBTPU_INIT_ARGS` has the
-    last word.
+    On v6e products are not cut into those with each part of a gathered operand: every part would
+    add to all of the output, and memory, not products, would bound a step. `LIBTPU_INIT_ARGS` has
+    the last word.
     """
     kind = mesh.devices.flat[0].device_kind
     if kind not in ("TPU v6 lite", "TPU v6e") or _WINDOWED in os.environ.get(
