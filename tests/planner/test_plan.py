@@ -317,6 +317,74 @@ def test_the_command_plans_for_tpus(tmp_path):
             assert (program["flops"] > 0) == (program["work"] != "sync")
 
 
+DECODING = """
+name: decoding
+task: {name: arithmetic, options: {modulus: 3, max_constant: 2, min_steps: 1, max_steps: 2}}
+model:
+  preset: 0.3m
+  changes:
+    dtype: bfloat16
+    num_hidden_layers: 4
+    hidden_size: 1024
+    num_attention_heads: 8
+    num_key_value_heads: 4
+    head_dim: 128
+    max_position_embeddings: 1088
+    num_experts: 16
+    num_experts_per_tok: 2
+    moe_intermediate_size: 512
+mesh: {data: 1, fsdp: 4, tensor: 2}
+max_prompt_length: 64
+steps_per_dispatch: 16
+evaluation: {problems: 8, max_completion_length: 8}
+stages:
+  reason:
+    kind: grpo
+    steps: 1
+    prompts_per_step: 32
+    num_generations: 8
+    max_completion_length: 1024
+    rewards: [{kind: accuracy}]
+    optimizer: {learning_rate: 1.0e-3}
+"""
+MOVED = """
+import sys
+from jaxrl_reason.planner.topology import open_topology
+
+devices = open_topology("v5e:2x4").devices
+from jaxrl_reason.planner.described import load_described
+from jaxrl_reason.planner.hlo import program_cost
+from jaxrl_reason.planner.plan import bytes_per_device
+from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.pipeline import plan
+from jaxrl_reason.stages.programs import stage_programs
+
+context = Context.describe(load_described(sys.argv[1], []), devices)
+(stage,) = plan(context)
+decode = next(program for program in stage_programs(stage) if program.work == "decode")
+read = sum(bytes_per_device(decode.arguments[name]) for name in ("parameters to sample", "cache"))
+moved = program_cost(decode.compile().as_text()).memory_bytes / context.config.steps_per_dispatch
+print(moved / read)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(tpu_compiler() is None, reason="libtpu is not installed")
+def test_decoding_moves_little_more_than_parameters_and_cache(tmp_path):
+    """A copy of the cache or of the experts at each step would double what has to be read."""
+    path = tmp_path / "run.yaml"
+    path.write_text(DECODING, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", MOVED, str(path)],
+        env={**os.environ, "TPU_LIBRARY_PATH": str(tpu_compiler())},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.25
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(tpu_compiler() is None, reason="libtpu is not installed")
 def test_what_does_not_fit_is_said(tmp_path):
