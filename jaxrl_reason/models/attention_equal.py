@@ -7,12 +7,14 @@ are cut.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import flash_attention
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_reason.models.attention import attend
 from jaxrl_reason.models.mesh import HEAD_AXES, cut, platform_of, row_axes, size_of
@@ -25,6 +27,11 @@ LANES = 128
 """Rows are padded to a multiple of it for the kernel."""
 BLOCKS = (512, 256, LANES)
 """Slots of a block of the kernel, the first that divides the row."""
+NEAR = (1024, 4096)
+"""Patches of a part; the first size that ids are near in is taken."""
+_QUERY_BLOCKS = ("block_q", "block_q_major_dkv", "block_q_dkv", "block_q_dq")
+_KEY_BLOCKS = ("block_k_major", "block_k", "block_k_major_dkv", "block_k_dkv")
+_KEY_BLOCKS += ("block_k_major_dq", "block_k_dq")
 
 
 def attend_equal(
@@ -72,25 +79,113 @@ def attend_some(queries, keys, values, ids):
     return mixed.reshape(rows, count * size, *queries.shape[2:])[:, :length]
 
 
-def attend_flash(queries, keys, values, ids):
-    """`attend_equal` by the kernel, which needs a TPU or `force_tpu_interpret_mode`."""
-    length, width = queries.shape[1], queries.shape[-1]
-    padding = -length % LANES
-    size = next(size for size in BLOCKS if (length + padding) % size == 0)
+@jax.custom_vjp
+def attend_flash(
+    queries: Float[Array, "R P N H"],
+    keys: Float[Array, "R P N H"],
+    values: Float[Array, "R P N H"],
+    ids: Int[Array, "R P"],
+) -> Float[Array, "R P N H"]:
+    """`attend_equal` by the kernel, which needs a TPU or `force_tpu_interpret_mode`.
 
-    def heads_first(x):
-        return jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))).swapaxes(1, 2)
+    The kernel multiplies every pair that it is given. Frames of a video and windows of an image lie
+    together, so where all patches with an id are in two neighbouring parts of `NEAR` patches, it is
+    given parts with their neighbours; what patches with id 0 get, which is nobody's, differs then.
+    """
+    which, ways = _ways(ids)
+    return jax.lax.switch(which, ways, queries, keys, values, ids)
 
-    # Ids are at least 0, so that nobody sees what is filled up.
-    ids = jnp.pad(ids, ((0, 0), (0, padding)), constant_values=-1)
-    names = (
-        "block_q block_k_major block_k block_q_major_dkv block_k_major_dkv block_k_dkv block_q_dkv "
-        "block_k_major_dq block_k_dq block_q_dq"
+
+def _forward(queries, keys, values, ids):
+    return attend_flash(queries, keys, values, ids), (queries, keys, values, ids)
+
+
+def _backward(given, gradient):
+    # The way is chosen again, for else the residuals of all ways would be kept.
+    *tensors, ids = given
+    which, ways = _ways(ids)
+
+    def pull(way):
+        return lambda *x: jax.vjp(lambda *tensors: way(*tensors, ids), *x)[1](gradient)
+
+    found = jax.lax.switch(which, [pull(way) for way in ways], *tensors)
+    return (*found, np.zeros(ids.shape, jax.dtypes.float0))
+
+
+attend_flash.defvjp(_forward, _backward)
+
+
+def _ways(ids: Int[Array, "R P"]) -> tuple[Int[Array, ""], list[Callable[..., Array]]]:
+    """Ways to attend, the one with the fewest pairs first, and which of them is right for ids."""
+    sizes = [size for size in NEAR if 4 * size <= ids.shape[1]]
+    ways = [functools.partial(_attend_near, size=size) for size in sizes]
+    fits = jnp.stack([*(_are_near(ids, size) for size in sizes), jnp.asarray(True)])
+    return jnp.argmax(fits), [*ways, _attend_all]
+
+
+def _are_near(ids: Int[Array, "R P"], size: int) -> Bool[Array, ""]:
+    """Whether parts with equal ids are neighbours, by the least and the greatest id of each."""
+    parts = _filled(ids, size, 0).reshape(ids.shape[0], -1, size)
+    none = jnp.iinfo(ids.dtype).max
+    low, high = jnp.where(parts > 0, parts, none).min(axis=2), parts.max(axis=2)
+    overlap = (low[:, :, None] <= high[:, None, :]) & (low[:, None, :] <= high[:, :, None])
+    places = jnp.arange(parts.shape[1])
+    far = jnp.abs(places[:, None] - places[None, :]) > 1
+    return ~jnp.any(overlap & far[None])
+
+
+def _attend_near(queries, keys, values, ids, *, size: int):
+    """Attention of each part of `size` patches to itself and its neighbours."""
+    rows, length = ids.shape
+
+    def part(x, fill=0):
+        x = _filled(x, size, fill)
+        return x.reshape(rows, -1, size, *x.shape[2:])
+
+    def joined(x):
+        return x.reshape(-1, *x.shape[2:])
+
+    def around(x, fill=0):
+        parts = part(x, fill)
+        ends = jnp.full_like(parts[:, :1], fill)
+        before = jnp.concatenate([ends, parts[:, :-1]], axis=1)
+        after = jnp.concatenate([parts[:, 1:], ends], axis=1)
+        return joined(jnp.concatenate([before, parts, after], axis=2))
+
+    # No patch has the id of what is filled up, but for what is filled up itself.
+    mixed = _kernel(
+        joined(part(queries)), around(keys), around(values), joined(part(ids, -1)), around(ids, -1)
+    )
+    return mixed.reshape(rows, -1, *mixed.shape[2:])[:, :length]
+
+
+def _attend_all(queries, keys, values, ids):
+    """Attention of all patches to all."""
+    length = ids.shape[1]
+    queries, keys, values = (_filled(x, LANES, 0) for x in (queries, keys, values))
+    filled = _filled(ids, LANES, -1)
+    return _kernel(queries, keys, values, filled, filled)[:, :length]
+
+
+def _kernel(queries, keys, values, ids, ids_of_keys):
+    """The kernel for lengths that `LANES` divides."""
+    of_queries, of_keys = (
+        next(size for size in BLOCKS if x.shape[1] % size == 0) for x in (queries, keys)
     )
     mixed = flash_attention.flash_attention(
-        *map(heads_first, (queries, keys, values)),
-        segment_ids=flash_attention.SegmentIds(ids, ids),
-        sm_scale=width**-0.5,
-        block_sizes=flash_attention.BlockSizes(block_b=1, **dict.fromkeys(names.split(), size)),
+        *(x.swapaxes(1, 2) for x in (queries, keys, values)),
+        segment_ids=flash_attention.SegmentIds(ids, ids_of_keys),
+        sm_scale=queries.shape[-1] ** -0.5,
+        block_sizes=flash_attention.BlockSizes(
+            block_b=1,
+            **dict.fromkeys(_QUERY_BLOCKS, of_queries),
+            **dict.fromkeys(_KEY_BLOCKS, of_keys),
+        ),
     )
-    return mixed.swapaxes(1, 2)[:, :length]
+    return mixed.swapaxes(1, 2)
+
+
+def _filled(x: Array, multiple: int, fill: int) -> Array:
+    """Patches up to a multiple, behind those of each row."""
+    padding = ((0, 0), (0, -x.shape[1] % multiple), *((0, 0),) * (x.ndim - 2))
+    return jnp.pad(x, padding, constant_values=fill)

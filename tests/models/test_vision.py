@@ -355,6 +355,46 @@ def test_the_kernel_for_tpus_computes_what_the_plain_way_does(length, width):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.max(np.abs(b))))
 
 
+def frames(length, size, end):
+    """Ids of frames of `size` patches, and padding behind `end`."""
+    ids = 1 + np.arange(length) // size
+    return np.where(np.arange(length) < end, ids, 0)
+
+
+def windows(length, size, end):
+    """Ids of windows two of which share every `2 * size` patches, one after the other."""
+    ids = 1 + 2 * (np.arange(length) // (2 * size)) + np.arange(length) // 8 % 2
+    return np.where(np.arange(length) < end, ids, 0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "way"),
+    [
+        ([frames(1100, 100, 850), frames(1100, 40, 300)], 0),
+        ([windows(1100, 60, 1100), frames(1100, 128, 1088)], 0),
+        ([frames(1100, 100, 850), frames(1100, 250, 1100)], 1),
+        ([np.where(np.arange(1100) % 890 < 5, 9, frames(1100, 100, 850)), frames(1100, 9, 9)], 2),
+    ],
+)
+def test_patches_that_lie_together_see_their_neighbours_alone(monkeypatch, ids, way):
+    monkeypatch.setattr(attention_equal, "NEAR", (128, 256))
+    ids = jnp.asarray(np.stack(ids), jnp.int32)
+    assert attention_equal._ways(ids)[0] == way
+    rng = np.random.default_rng(0)
+    q, k, v, gradient = rng.normal(size=(4, 2, 1100, 1, 8)).astype(np.float32)
+    gradient *= np.asarray(ids > 0)[:, :, None, None]
+    plain = lambda q, k, v, ids: attend(q, k, v, ids[:, :, None] == ids[:, None, :])
+
+    def run(function):
+        out, pull = jax.vjp(lambda *given: function(*given, ids), q, k, v)
+        return np.where(gradient != 0, out, 0), *pull(gradient)
+
+    with pltpu.force_tpu_interpret_mode():
+        got = run(attend_flash)
+    for a, b in zip(got, run(plain), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.max(np.abs(b))))
+
+
 def program(v, function=vision_features):
     config = model_config(v)
     params = jax.eval_shape(functools.partial(init_vision, config), jax.random.key(0))
