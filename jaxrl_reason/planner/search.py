@@ -22,6 +22,7 @@ from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.training import stage_optimizer, state_like
 
 _REMATS = ("none", "dots", "full")
+"""From what takes the most memory to what takes the least."""
 _SPLITS = (1, 2, 4, 8)
 _MOST_TOKENS = 32768
 """Tokens of a device's microbatch that an update in reinforcement learning begins with."""
@@ -107,13 +108,9 @@ def search(
             f"no mesh of {len(topology.devices)} chips holds the parameters and the optimiser's "
             "state; take a larger slice, an adapter (model.lora) or a smaller model"
         )
-    present = config.model.resolve(vocab_size=8).remat
-    for options in (
-        [{"model.changes.remat": remat} for remat in _REMATS if remat != present],
-        [_split(config, names, len(topology.devices), split) for split in _SPLITS],
-    ):
+    for options_of in (_remats, _splits):
         best = min(tried.values(), key=lambda trial: trial.rank)
-        for option in options:
+        for option in options_of(config, names, len(topology.devices), fits=best.fits):
             attempt({**best.changes, **option})
     return sorted(tried.values(), key=lambda trial: trial.rank)
 
@@ -152,6 +149,23 @@ def _state(context: Context) -> float:
         (bytes_per_device(state_like(stage, stage_optimizer(stage))) for stage in training),
         default=bytes_per_device(context.params_like),
     )
+
+
+def _remats(
+    config: RunConfig, names: Sequence[str] | None, devices: int, *, fits: bool
+) -> list[Changes]:
+    """What else the backward pass may compute again: where nothing fits, only more than now."""
+    present = config.model.resolve(vocab_size=8).remat
+    first = 0 if fits else _REMATS.index(present) + 1
+    return [{"model.changes.remat": remat} for remat in _REMATS[first:] if remat != present]
+
+
+def _splits(
+    config: RunConfig, names: Sequence[str] | None, devices: int, *, fits: bool
+) -> list[Changes]:
+    """Into how many microbatches updates may be cut: where nothing fits, the most first."""
+    order = _SPLITS if fits else _SPLITS[::-1]
+    return [_split(config, names, devices, split) for split in order]
 
 
 def _split(config: RunConfig, names: Sequence[str] | None, devices: int, split: int) -> Changes:
