@@ -25,6 +25,7 @@ from jaxrl_reason.planner.plan import (
     kernel_flops,
     plan_stages,
 )
+from jaxrl_reason.planner.search import _remats, _splits
 from jaxrl_reason.sampling import Rollout
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
@@ -407,6 +408,21 @@ def test_a_search_says_which_choice_is_best(tmp_path):
     assert len({line.partition(": ")[2] for line in tried}) == len(tried)
     best = next(line for line in done.stdout.splitlines() if line.startswith("best: "))
     assert best.removeprefix("best: ") in {line.partition(": ")[2] for line in tried}
+
+
+def test_a_search_that_found_no_room_tries_what_needs_less():
+    config = config_of()
+    with_room, without = (
+        [option["model.changes.remat"] for option in _remats(config, None, 8, fits=fits)]
+        for fits in (True, False)
+    )
+    assert config.model.resolve(vocab_size=8).remat not in with_room
+    assert without == [remat for remat in with_room if remat == "full"]
+    field = "stages.cold.gradient_accumulation_steps"
+    with_room, without = (
+        [option[field] for option in _splits(config, None, 8, fits=fits)] for fits in (True, False)
+    )
+    assert with_room == without[::-1] == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(("work", "passes", "of_experts"), [("prefill", 1, 1), ("update", 3, 2)])
