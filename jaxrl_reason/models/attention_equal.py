@@ -2,9 +2,8 @@
 
 Patches of an image may be anywhere in a row and ids in any order. On TPUs this is the flash kernel
 of JAX (Pallas), elsewhere `attend` on some queries at a time, both of them on parts of a long row
-where that is enough. On a mesh every device computes its
-own rows and heads, which also keeps the compiler from cutting patches by their width as parameters
-are cut.
+where that is enough. On a mesh every device computes its own rows and heads, which also keeps the
+compiler from cutting patches by their width as parameters are cut.
 """
 
 import functools
