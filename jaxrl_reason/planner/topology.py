@@ -133,10 +133,11 @@ def _cpus(name: str, count: int) -> Topology:
 
 
 def _seconds(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-    """Of the fastest run in a second, each on what the one before it has returned."""
+    """Of the fastest of many runs, each on what the one before it has returned."""
     x = function(x).block_until_ready()
     took: list[float] = []
-    while sum(took) < 1:  # the first dozens of runs are slower
+    # Where a process is new, all its threads may be on one core for a second.
+    while sum(took) < 3:
         began = time.perf_counter()
         x = function(x).block_until_ready()
         took.append(time.perf_counter() - began)
