@@ -16,9 +16,9 @@ from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Params
 from jaxrl_reason.plugins import load_object
 from jaxrl_reason.processes import from_first
-from jaxrl_reason.sampling import sample
 from jaxrl_reason.stages.config import EvaluationConfig, EvaluationSet, RunConfig
 from jaxrl_reason.stages.context import CHECKED, Context
+from jaxrl_reason.stages.groups import sample_groups
 from jaxrl_reason.stages.judge import Judge, Read
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.reward_config import AnyReward, reward_name
@@ -106,27 +106,19 @@ def _answers(
 ) -> list[_Answer]:
     """One completion of each problem of a set."""
     problems = _held_out(context, config, chosen)
-    engine = context.engine(
-        config.sampling,
-        config.max_completion_length,
-        max_rows=min(config.batch_size, len(problems)),
-    )
-    prompts = context.prompts(problems)
-    rollout = sample(
-        engine,
+    groups = sample_groups(
+        context,
         params,
-        [prompt.tokens for prompt in prompts],
+        problems,
         jax.random.fold_in(jax.random.key(context.config.seed), _KEY),
-        pad_id=context.pad_id,
-        shown=context.look(params, prompts)[0],
+        num_generations=1,
+        sampling=config.sampling,
+        max_completion_length=config.max_completion_length,
+        max_rows=config.batch_size,
     )
-    completions = rollout.completions()
-    texts = context.decode(completions)
     return [
-        _Answer(Read(problem, ids, text, context.tasks.verify(problem, text)), bool(finished))
-        for problem, ids, text, finished in zip(
-            problems, completions, texts, rollout.finished, strict=True
-        )
+        _Answer(Read(problem, answer.ids, answer.text, answer.verdict), answer.finished)
+        for problem, (answer,) in zip(problems, groups, strict=True)
     ]
 
 

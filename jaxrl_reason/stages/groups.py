@@ -1,12 +1,13 @@
 """Groups of completions that a policy wrote, outside of an update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Key
 
 from jaxrl_reason.models import Params
-from jaxrl_reason.sampling import SamplingConfig, sample
+from jaxrl_reason.sampling import Completion, Request, SamplingConfig, Session
+from jaxrl_reason.sharding import batch_multiple
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.tasks import Problem, Verdict
 
@@ -53,35 +54,58 @@ def sample_groups(
     num_generations: int,
     sampling: SamplingConfig,
     max_completion_length: int,
+    max_rows: int = GROUP_ROWS,
 ) -> list[list[Sampled]]:
-    """`num_generations` completions of each problem, in the order of the problems."""
+    """`num_generations` completions of each problem, in the order of the problems.
+
+    Images and videos are read as their prompts come next, so that memory is needed for those of a
+    few more completions than the `max_rows` that are sampled at once, and not for all.
+    """
+    rows = min(max_rows, len(problems) * num_generations)
     engine = context.engine(
-        sampling,
-        max_completion_length,
-        max_rows=min(GROUP_ROWS, len(problems) * num_generations),
-        group_size=num_generations,
+        sampling, max_completion_length, max_rows=rows, group_size=num_generations
     )
-    prompts = context.prompts(problems)
-    rollout = sample(
-        engine,
-        params,
-        [prompt.tokens for prompt in prompts],
-        key,
-        num_generations=num_generations,
-        pad_id=context.pad_id,
-        shown=context.look(params, prompts)[0],
-    )
-    completions = rollout.completions()
-    texts = context.decode(completions)
-    return [
-        [
-            Sampled(
-                texts[i],
-                completions[i],
-                context.tasks.verify(problem, texts[i]),
-                bool(rollout.finished[i]),
-            )
-            for i in range(number * num_generations, (number + 1) * num_generations)
-        ]
-        for number, problem in enumerate(problems)
-    ]
+    session = engine.session(params, key)
+    groups: list[dict[int, Sampled]] = [{} for _ in problems]
+    for completion in _sampled(context, params, problems, session, rows, num_generations):
+        number, ids = completion.request.id, completion.tokens.tolist()
+        (text,) = context.decode([ids])
+        verdict = context.tasks.verify(problems[number], text)
+        finished = completion.finish_reason == "stop"
+        groups[number][completion.request.index] = Sampled(text, ids, verdict, finished)
+    return [[group[index] for index in range(num_generations)] for group in groups]
+
+
+def _sampled(
+    context: Context,
+    params: Params,
+    problems: Sequence[Problem],
+    session: Session,
+    rows: int,
+    num_generations: int,
+) -> Iterator[Completion]:
+    """Completions as they end, while as many requests are in the session as keep it full."""
+    devices = batch_multiple(context.mesh)
+    part = max(1, rows // (4 * num_generations * devices)) * devices
+    read = going = 0
+    while True:
+        while read < len(problems) and going < rows + part * num_generations:
+            prompts = context.prompts(problems[read : read + part])
+            shown, _ = context.look(params, prompts)
+            requests = [
+                Request(
+                    prompt=prompt.tokens,
+                    id=read + i,
+                    index=index,
+                    shown=None if shown is None else shown[i],
+                )
+                for i, prompt in enumerate(prompts)
+                for index in range(num_generations)
+            ]
+            session.submit(requests)
+            read, going = read + len(prompts), going + len(requests)
+        completion = next(session, None)
+        if completion is None:
+            return
+        going -= 1
+        yield completion
