@@ -141,11 +141,25 @@ class VisionConfig:
     @property
     def num_parameters(self) -> int:
         """Number of parameters."""
-        d, f, wide = self.hidden_size, self.intermediate_size, self.hidden_size * self.merge_unit
+        positions = self.num_position_embeddings * self.hidden_size
+        return positions + self._of_patches + self._of_features
+
+    @property
+    def active_parameters(self) -> float:
+        """Parameters that a patch is multiplied with; `merge_unit` of them share the mergers."""
+        return self._of_patches + self._of_features / self.merge_unit
+
+    @property
+    def _of_patches(self) -> int:
+        d, f = self.hidden_size, self.intermediate_size
         norm = 1 if self.norm == "rms" else 2
-        ends = (self.patch_dim + self.patch_bias + self.num_position_embeddings) * d
         mlp = (3 * d * f + 2 * f if self.gated_mlp else 2 * d * f + f) + d
         layer = 4 * d * (d + 1) + mlp + 2 * norm * d
+        return (self.patch_dim + self.patch_bias) * d + self.depth * layer + norm * d
+
+    @property
+    def _of_features(self) -> int:
+        wide, norm = self.hidden_size * self.merge_unit, 1 if self.norm == "rms" else 2
         merger = wide * (wide + 1) + (wide + 1) * self.out_hidden_size
         deep = len(self.deepstack_visual_indexes) * (merger + norm * wide)
-        return ends + self.depth * layer + merger + norm * d + deep
+        return merger + deep

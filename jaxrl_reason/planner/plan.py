@@ -173,16 +173,22 @@ def model_flops(config: ModelConfig, program: Program) -> float:
     """Of the products that an execution is for, on all chips: none that is done a second time.
 
     As in PaLM (arXiv 2204.02311, appendix B): 2 a parameter and token forward, 6 with the gradient,
-    and attention over half of the sequence, as it is causal.
+    and attention over half of the sequence, as it is causal. Images and videos that are encoded in
+    it have theirs, without attention among patches.
     """
-    if program.work == "encode":
+    seen = 0.0
+    if program.patches:
         assert config.vision is not None
-        return 2.0 * program.tokens * config.vision.num_parameters
+        passes = 3 if program.trains_encoder else 1
+        seen = 2.0 * passes * program.patches * config.vision.active_parameters
+    if program.work == "encode":
+        return seen
     passes = {"update": 3, "forward": 1, "prefill": 1, "decode": 1, "sync": 0}[program.work]
     parameters = active_parameters(config)
     if program.work == "prefill":  # writes keys and values, and predicts nothing
         parameters -= config.vocab_size * config.hidden_size
-    return passes * program.tokens * (2 * parameters + _attention_flops(config, program.length))
+    of_token = 2 * parameters + _attention_flops(config, program.length)
+    return passes * program.tokens * of_token + seen
 
 
 def kernel_flops(config: ModelConfig, program: Program, kernels: Collection[str]) -> float:

@@ -52,6 +52,14 @@ class Program:
     """Shapes of what it is given, with where they lie, by what they are."""
     beside: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The same of what else is on the devices meanwhile."""
+    trains_encoder: bool = False
+    """Whether the encoder of images gets a gradient."""
+
+    @property
+    def patches(self) -> int:
+        """Patches of images and videos that an execution encodes, on all devices."""
+        patches = self.arguments.get("batch", {}).get("patches")
+        return 0 if patches is None else math.prod(patches.shape[:-1])
 
 
 def stage_programs(stage: Stage) -> list[Program]:
@@ -225,6 +233,7 @@ def _update(stage: Stage, update: Step, cut: Shapes, length: int) -> Program:
         tokens=math.prod(cut["tokens"].shape),
         length=length,
         arguments={"parameters": state.params, "optimizer": state.opt_state, "batch": placed},
+        trains_encoder="patches" in placed and not stage.context.eyes.frozen,
     )
 
 

@@ -1,5 +1,7 @@
 """Plans of runs: programs of the sizes that runs have, and what a terminal shows of them."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -17,12 +19,16 @@ from jaxrl_reason.config import validate
 from jaxrl_reason.data.batching import fill_rows, microbatches
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import ModelConfig, preset
+from jaxrl_reason.models.vision import init_vision, vision_features
+from jaxrl_reason.models.vision_config import VisionConfig
 from jaxrl_reason.planner import topology
 from jaxrl_reason.planner.chips import CHIPS
+from jaxrl_reason.planner.hlo import program_cost
 from jaxrl_reason.planner.plan import (
     active_parameters,
     bytes_per_device,
     kernel_flops,
+    model_flops,
     plan_stages,
 )
 from jaxrl_reason.planner.search import _remats, _splits
@@ -213,6 +219,50 @@ def test_experts_that_a_token_does_not_visit_do_not_count():
 def test_the_embedding_is_no_product():
     tied, free = (preset("3m", vocab_size=64, tie_word_embeddings=t) for t in (True, False))
     assert active_parameters(tied) == active_parameters(free)
+
+
+@pytest.mark.parametrize("deepstack", [(), (0, 2)])
+def test_products_of_images_are_those_of_the_compiled_encoder(deepstack):
+    vision = VisionConfig(
+        depth=3,
+        hidden_size=128,
+        intermediate_size=320,
+        num_heads=2,
+        out_hidden_size=256,
+        patch_size=4,
+        num_position_embeddings=49,
+        deepstack_visual_indexes=deepstack,
+    )
+    config = preset("3m", vocab_size=64, vision=vision)
+    rows, patches = 2, 64
+    params = jax.eval_shape(functools.partial(init_vision, config), jax.random.key(0))
+    of = lambda *shape: jax.ShapeDtypeStruct((rows, patches, *shape), np.int32)
+    pairs = {name: of(2) for name in ("patch_coords", "patch_grids")}
+    ids = {name: of() for name in ("patch_segments", "patch_windows")}
+    seen = {"patches": jax.ShapeDtypeStruct((rows, patches, vision.patch_dim), np.float32)}
+    seen |= pairs | ids
+    compiled = jax.jit(functools.partial(vision_features, config)).lower(params, seen).compile()
+    among = 4 * patches * vision.hidden_size * vision.depth
+    found = program_cost(compiled.as_text()).flops / (rows * patches) - among
+    program = Program(
+        name="encode",
+        work="encode",
+        compile=lambda: compiled,
+        per_step=1,
+        tokens=rows * patches,
+        length=patches,
+        arguments={"batch": seen},
+    )
+    flops = model_flops(config, program)
+    # Biases and norms, a hundredth of the parameters, are added and not multiplied.
+    assert found == pytest.approx(flops / (rows * patches), rel=0.015)
+    asked = dataclasses.replace(program, work="forward", length=8)
+    text = model_flops(config, dataclasses.replace(asked, arguments={}))
+    assert model_flops(config, asked) == pytest.approx(text + flops)
+    update = dataclasses.replace(asked, work="update", trains_encoder=True)
+    assert model_flops(config, update) == pytest.approx(3 * (text + flops))
+    frozen = dataclasses.replace(update, trains_encoder=False)
+    assert model_flops(config, frozen) == pytest.approx(3 * text + flops)
 
 
 @pytest.mark.parametrize(
