@@ -2,7 +2,7 @@
 
 from jaxrl_reason.sampling.engine import Engine
 from jaxrl_reason.sampling.filters import SamplingConfig
-from jaxrl_reason.sampling.requests import Completion, Request, Shown
+from jaxrl_reason.sampling.requests import Completion, Request, Shown, group_requests
 from jaxrl_reason.sampling.rollout import Rollout, sample
 from jaxrl_reason.sampling.session import Session
 from jaxrl_reason.sampling.shapes import PROGRAM_PREFIX
@@ -16,5 +16,6 @@ __all__ = [
     "SamplingConfig",
     "Session",
     "Shown",
+    "group_requests",
     "sample",
 ]

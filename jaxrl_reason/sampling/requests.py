@@ -103,3 +103,25 @@ class Completion:
         names = ("tokens", "logprobs", "kept_logmass", "sampled", "versions")
         cut = {name: getattr(self, name)[:length] for name in names}
         return dataclasses.replace(self, finish_reason=reason, **cut)
+
+
+def group_requests(
+    prompts: Sequence[Sequence[int]],
+    shown: Sequence[Shown] | None = None,
+    *,
+    num_generations: int = 1,
+    first: int = 0,
+) -> list[Request]:
+    """`num_generations` completions of each prompt, those of a prompt consecutive.
+
+    Args:
+        prompts: token ids.
+        shown: what each prompt shows.
+        num_generations: completions per prompt.
+        first: number of the first prompt; the others follow.
+    """
+    return [
+        Request(prompt=prompt, id=first + i, index=index, shown=None if shown is None else shown[i])
+        for i, prompt in enumerate(prompts)
+        for index in range(num_generations)
+    ]

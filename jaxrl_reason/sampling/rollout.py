@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Key
 
 from jaxrl_reason.models import Params
 from jaxrl_reason.sampling.engine import Engine
-from jaxrl_reason.sampling.requests import Completion, Request, Shown
+from jaxrl_reason.sampling.requests import Completion, Shown, group_requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +100,7 @@ def sample(
         InputError: an empty prompt, or one longer than the engine's `max_prompt_length`.
     """
     session = engine.session(params, key)
-    session.submit(
-        Request(prompt=prompt, id=i, index=g, shown=None if shown is None else shown[i])
-        for i, prompt in enumerate(prompts)
-        for g in range(num_generations)
-    )
+    session.submit(group_requests(prompts, shown, num_generations=num_generations))
     done = sorted(session, key=lambda completion: (completion.request.id, completion.request.index))
     return Rollout.of(
         prompts,

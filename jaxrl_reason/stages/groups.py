@@ -6,7 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Key
 
 from jaxrl_reason.models import Params
-from jaxrl_reason.sampling import Completion, Request, SamplingConfig, Session
+from jaxrl_reason.sampling import Completion, SamplingConfig, Session, group_requests
 from jaxrl_reason.sharding import batch_multiple
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.tasks import Problem, Verdict
@@ -92,16 +92,8 @@ def _sampled(
         while read < len(problems) and going < rows + part * num_generations:
             prompts = context.prompts(problems[read : read + part])
             shown, _ = context.look(params, prompts)
-            requests = [
-                Request(
-                    prompt=prompt.tokens,
-                    id=read + i,
-                    index=index,
-                    shown=None if shown is None else shown[i],
-                )
-                for i, prompt in enumerate(prompts)
-                for index in range(num_generations)
-            ]
+            tokens = [prompt.tokens for prompt in prompts]
+            requests = group_requests(tokens, shown, num_generations=num_generations, first=read)
             session.submit(requests)
             read, going = read + len(prompts), going + len(requests)
         completion = next(session, None)

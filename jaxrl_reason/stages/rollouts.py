@@ -26,7 +26,7 @@ from jaxtyping import Bool
 
 from jaxrl_reason.models import Params
 from jaxrl_reason.rewards.workers import Workers
-from jaxrl_reason.sampling import Completion, Engine, Request, Rollout
+from jaxrl_reason.sampling import Completion, Engine, Request, Rollout, group_requests
 from jaxrl_reason.stages.breakdown import Times
 from jaxrl_reason.stages.completions import completion_metrics
 from jaxrl_reason.stages.context import Stage
@@ -218,18 +218,11 @@ class Rollouts:
         prompts = context.prompts(problems)
         shown, sights = context.look(params, prompts)
         batch.problems += problems
-        batch.prompts += [prompt.tokens for prompt in prompts]
         batch.sights += sights or []
-        return [
-            Request(
-                prompt=prompt.tokens,
-                id=first + i,
-                index=index,
-                shown=None if shown is None else shown[i],
-            )
-            for i, prompt in enumerate(prompts)
-            for index in range(self._config.num_generations)
-        ]
+        tokens = [prompt.tokens for prompt in prompts]
+        batch.prompts += tokens
+        size = self._config.num_generations
+        return group_requests(tokens, shown, num_generations=size, first=first)
 
     def _ended(self, batch: _Sampled, completion: Completion) -> None:
         number, index = completion.request.id, completion.request.index
