@@ -92,7 +92,7 @@ EOF
 submit() {
     need NAME CONFIG IMAGE BUCKET TPU_TYPE TPU_TOPOLOGY HOSTS CHIPS
     if [ "$DRY_RUN" = 1 ]; then
-        printf 'kubectl apply -f - <<EOF\n%s\nEOF\n' "$(manifest)"
+        printf "kubectl apply -f - <<'EOF'\n%s\nEOF\n" "$(manifest)"
     else
         manifest | kubectl apply -f -
     fi

@@ -5,6 +5,7 @@ and it ends at once. A step that has begun is finished and saved. A second SIGTE
 """
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ class _Notices:
 
 
 _notices = _Notices()
+_steps = itertools.count(1)
+"""Of all stages of this process: those of one begin again, or behind a checkpoint's."""
 
 
 @contextlib.contextmanager
@@ -57,7 +60,8 @@ def after_a_step() -> Iterator[Callable[[int], bool]]:
     Of several processes it says the same in all of them, for the same step.
     """
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+        # JAX agrees on the number behind the last that any process asked about, 0 before the first.
+        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_steps))
         return
     _notices.waits = True
     try:

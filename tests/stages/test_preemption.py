@@ -1,6 +1,7 @@
 """SIGTERM: when it waits, when it does not, and that nothing swallows it."""
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from jaxrl_reason.errors import Preemption
+from jaxrl_reason.stages import preemption
 from jaxrl_reason.stages.preemption import after_a_step, heeded
 
 
@@ -75,3 +77,20 @@ sys.exit(main(["run", "configs/quickstart.yaml"]))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     wanted = "SIGTERM: nothing is lost; the same command goes on from there\n"
     assert (done.returncode, done.stdout) == (0, wanted), done.stderr
+
+
+def test_processes_count_the_steps_of_all_stages(monkeypatch):
+    """JAX waits for the number behind the last: it would never come where a stage begins again."""
+    asked = []
+    monkeypatch.setattr(preemption.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(preemption, "_steps", itertools.count(1))
+    monkeypatch.setattr(
+        preemption.multihost_utils,
+        "reached_preemption_sync_point",
+        lambda step: asked.append(step) or step == 4,
+    )
+    for steps in ((500, 501), (0, 1)):
+        with preemption.after_a_step() as is_to_end:
+            ends = [is_to_end(step) for step in steps]
+    assert asked == [1, 2, 3, 4]
+    assert ends == [False, True]
