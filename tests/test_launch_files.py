@@ -411,3 +411,13 @@ def test_local_starts_the_run_again_until_it_is_over(tmp_path):
     assert done.returncode == 0, done.stderr
     assert runs.read_text() == "run c.yaml name=n --local-processes 3\n" * 3
     assert done.stderr.count("starting it again") == 2
+
+
+def test_a_printed_manifest_is_pasted_as_it_is(tmp_path):
+    program(tmp_path, "kubectl", "cat")
+    told = dry(GKE, "submit", r"name=a$HOME\\b`c`")
+    pasted = call("bash", "-c", told, path=tmp_path)
+    assert pasted.returncode == 0, pasted.stderr
+    manifest = call(GKE, "manifest", "--settings", EXAMPLE, r"name=a$HOME\\b`c`").stdout
+    assert r"$HOME" in manifest
+    assert pasted.stdout == manifest
