@@ -32,7 +32,7 @@ class _Notices:
 
 _notices = _Notices()
 _steps = itertools.count(1)
-"""Of all stages of this process: those of one begin again, or behind a checkpoint's."""
+"""Of all stages of this process: the number of a stage's step begins again with every stage."""
 
 
 @contextlib.contextmanager
@@ -54,18 +54,18 @@ def heeded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def after_a_step() -> Iterator[Callable[[int], bool]]:
+def after_a_step() -> Iterator[Callable[[], bool]]:
     """Within, SIGTERM waits; gives a function that says after each step whether it has come.
 
     Of several processes it says the same in all of them, for the same step.
     """
     if jax.process_count() > 1:
         # JAX agrees on the number behind the last that any process asked about, 0 before the first.
-        yield lambda step: multihost_utils.reached_preemption_sync_point(next(_steps))
+        yield lambda: multihost_utils.reached_preemption_sync_point(next(_steps))
         return
     _notices.waits = True
     try:
-        yield lambda step: _notices.came
+        yield lambda: _notices.came
     finally:
         _notices.waits = False
     if _notices.came:  # behind the last step

@@ -224,7 +224,7 @@ def train(
             log.log(done, metrics)
             shown = {name: metrics[name] for name in show if name in metrics}
             bar.update(done, tokens=result.num_tokens, **shown)
-            ends = is_to_end(done)
+            ends = is_to_end()
             if done % config.save_steps == 0 or done == config.steps or ends:
                 meta = stage.meta(
                     step=done,
