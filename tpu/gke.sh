@@ -43,9 +43,14 @@ metadata:
     # One slice for each job, whole.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
-  # All machines start again when one is lost: entry.sh ends with 143 after a notice.
+  # All machines start again when one is lost: entry.sh ends with 143 after a notice. They do not after
+  # a mistake (2), which fails the job by its podFailurePolicy below.
   failurePolicy:
     maxRestarts: ${RESTARTS:-20}
+    rules:
+      - name: mistake
+        action: FailJobSet
+        onJobFailureReasons: ["PodFailurePolicy"]
   replicatedJobs:
     - name: slice
       replicas: ${SLICES:-1}
@@ -54,6 +59,13 @@ spec:
           parallelism: $HOSTS
           completions: $HOSTS
           backoffLimit: 0
+          podFailurePolicy:
+            rules:
+              - action: FailJob
+                onExitCodes:
+                  containerName: run
+                  operator: In
+                  values: [2]
           template:
             metadata:
               annotations:
@@ -99,10 +111,13 @@ submit() {
 }
 
 with_xpk() {
-    need NAME CONFIG IMAGE CLUSTER PROJECT ZONE ACCELERATOR
+    need NAME CONFIG IMAGE CLUSTER PROJECT ZONE ACCELERATOR BUCKET
+    # Of itself xpk starts nothing again that ends with less than 42, and 1 is a step that hung. What it
+    # mounts at /runs is attached to the cluster once, see tpu/README.md.
     do_it xpk workload create --cluster "$CLUSTER" --project "$PROJECT" --zone "$ZONE" \
         --workload "$NAME" --tpu-type "$ACCELERATOR" --num-slices "${SLICES:-1}" \
-        --max-restarts "${RESTARTS:-20}" --docker-image "$IMAGE" \
+        --max-restarts "${RESTARTS:-20}" --restart-on-exit-codes 1 \
+        --termination-grace-period-seconds 120 --storage "$BUCKET" --docker-image "$IMAGE" \
         --command "/app/tpu/entry.sh $(quoted "$CONFIG" "name=$NAME" "${OVERRIDES[@]}" output_dir=/runs)"
 }
 

@@ -6,7 +6,7 @@
 #   create   ask for the machines
 #   install  install the package and mount the bucket, on all machines
 #   run      start the run on all machines; it goes on where it stopped
-#   watch    create, install and run, again after each preemption, until the run is complete
+#   watch    create, install and run, again after each preemption and failure, until the run is complete
 #   status   state of the request
 #   logs     copy the logs of all machines to logs/NAME
 #   delete   give the machines back
@@ -46,9 +46,10 @@ install() {
     need NAME PROJECT ZONE BUCKET SOURCE CONFIG
     local where
     mapfile -t where < <(place)
+    # Chained, since `set -e` does not hold where a caller looks at the outcome, as `watch` does.
     do_it gcloud compute tpus tpu-vm scp --recurse "$here" "$(dirname "$CONFIG")" "$NAME:~/" \
-        --worker=all "${where[@]}"
-    everywhere "set -e
+        --worker=all "${where[@]}" &&
+        everywhere "set -e
 command -v gcsfuse >/dev/null || bash ~/$(basename "$here")/install_gcsfuse.sh
 mkdir -p ~/runs && { mountpoint -q ~/runs || gcsfuse --implicit-dirs $(quoted "$BUCKET") ~/runs; }
 python3 -m venv ~/venv && ~/venv/bin/pip install --quiet $(quoted "$SOURCE")"
@@ -63,34 +64,91 @@ JAXRL_REASON=\$HOME/venv/bin/jaxrl-reason bash ~/$(basename "$here")/entry.sh \
 $(quoted "$config" "name=$NAME" "${OVERRIDES[@]}") output_dir=\$HOME/runs 2>&1 | tee -a ~/run.log"
 }
 
+# What `watch` knows: the state of the request, NONE where there is none, "" where nobody says; and
+# how many times in a row something has not worked.
+now=""
+failures=0
+
+look() {
+    local said code=0
+    said="$(mktemp)"
+    now="$(state 2>"$said")" || code=$?
+    if [ "$code" = 0 ]; then
+        [ -n "$now" ] || say "gcloud does not say what state the machines are in"
+    elif grep -q NOT_FOUND "$said"; then
+        now=NONE
+    else
+        now=""
+        cat "$said" >&2
+    fi
+    rm -f "$said"
+}
+
+failed() {
+    failures=$((failures + 1))
+    say "$1; that was failure $failures of ${FAILURES:-10} in a row"
+    [ "$failures" -lt "${FAILURES:-10}" ] || exit 1
+}
+
+pause() { sleep "${SECONDS_BETWEEN_LOOKS:-60}"; }
+
+# Said however `watch` ends, unless it has given the machines back.
+held() {
+    say "The machines may still be there, and cost. The same command goes on with them;" \
+        "this gives them back:"
+    DRY_RUN=1
+    delete >&2
+}
+
 watch() {
     need NAME PROJECT ZONE ACCELERATOR RUNTIME BUCKET SOURCE CONFIG
-    local now code
+    local code began
     if [ "$DRY_RUN" = 1 ]; then
         create && state && install && run && delete
         return
     fi
+    trap held EXIT
+    # gcloud ends well after Ctrl-C, upon which this would go on.
+    trap 'exit 130' INT
     while true; do
-        now="$(state 2>/dev/null || true)"
+        look
         case "$now" in
-            "") create ;;
+            "") failed "nobody says how the machines are" ;;
+            NONE) if create; then failures=0; else failed "no machines could be asked for"; fi ;;
             ACTIVE)
-                install
+                began=$SECONDS
                 code=0
-                run || code=$?
-                [ "$code" != 0 ] || break
-                [ "$code" != 2 ] || fail "the run was refused; see the message above"
-                say "the run ended with $code; looking at the machines again"
+                if install; then
+                    run || code=$?
+                    [ "$code" != 0 ] || break
+                    [ "$code" != 2 ] || fail "the run was refused; see the message above"
+                    # What worked for an hour was not one of many failures.
+                    [ $((SECONDS - began)) -lt 3600 ] || failures=0
+                    failed "the run ended with $code"
+                else
+                    failed "the machines could not be made ready"
+                fi
                 ;;
             SUSPENDED | SUSPENDING | FAILED)
                 say "the machines are gone ($now); asking for others"
-                delete
+                if delete; then failures=0; else failed "what is left could not be deleted"; fi
                 ;;
-            *) say "waiting: $now" ;;
+            *)
+                say "waiting: $now"
+                failures=0
+                ;;
         esac
-        sleep "${SECONDS_BETWEEN_LOOKS:-60}"
+        pause
     done
-    delete
+    say "the run is complete"
+    failures=0
+    until delete; do
+        look
+        [ "$now" != NONE ] || break
+        failed "the machines could not be given back"
+        pause
+    done
+    trap - EXIT
 }
 
 logs() {
