@@ -21,13 +21,14 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
 import numpy as np
 
+from jaxrl_reason import files
 from jaxrl_reason.errors import InputError, StorageError, nearest
 from jaxrl_reason.processes import gather, is_first
 
@@ -65,18 +66,26 @@ class Checkpoints:
     """Writes the checkpoints of one stage in the background and deletes the oldest.
 
     `save` copies the arrays to host memory and returns, so the caller may donate them; one save is
-    written at a time. `keep` is the number of newest checkpoints that stay, None for all. Raises
+    written at a time. `keep` is the number of newest checkpoints that stay, None for all; whatever
+    waits for storage is done `within` a context, such as that of a deadline. Raises
     `InputError` where nothing can be written in `directory`, and `StorageError` where writing fails
     later; checkpoints that are complete stay.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int | None = None):
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        keep: int | None = None,
+        within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
         import orbax.checkpoint as ocp
 
         if keep is not None and keep < 1:
             raise InputError(f"keep={keep} would delete the newest checkpoint; use 1 or more")
         self.directory = _absolute(directory)
         self.keep = keep
+        self._within = within
         _check_writable(self.directory)
         logging.getLogger("absl").addFilter(_is_not_told_again)  # the same filter counts once
         registry = ocp.handlers.create_default_handler_registry(
@@ -105,9 +114,13 @@ class Checkpoints:
         if path.exists():
             raise InputError(f"checkpoint {path} exists already; resume from it or remove it")
         if is_first():
-            for pattern in (_UNFINISHED, _DELETED):  # left behind by a run that was killed
-                for leftover in self.directory.glob(pattern):
-                    shutil.rmtree(leftover)
+            with self._told():
+                for pattern in (_UNFINISHED, _DELETED):  # left behind by a run that was killed
+                    for leftover in self.directory.glob(pattern):
+                        shutil.rmtree(leftover)
+        # Threads of Orbax would wait for minutes for folders that it was not allowed to make.
+        with self._told(), tempfile.TemporaryDirectory(dir=self.directory):
+            pass
         items = {"params": ocp.args.StandardSave(_nested(params, "params"))}
         if jax.tree.leaves(state):  # Orbax refuses to write an empty tree
             items["state"] = ocp.args.StandardSave(_nested(state, "state"))
@@ -121,16 +134,21 @@ class Checkpoints:
             self._writer.wait_until_finished()
         if self.keep is None or not is_first():
             return
-        for step in steps(self.directory)[: -self.keep]:
-            # Renamed first: a deletion that is killed must not leave half a checkpoint behind.
-            doomed = (self.directory / str(step)).rename(self.directory / f"{step}.deleted")
-            shutil.rmtree(doomed)
+        with (
+            self._within(),
+            files.storing(f"{self.directory}, of which old checkpoints are deleted,"),
+        ):
+            for step in steps(self.directory)[: -self.keep]:
+                # Renamed first: a deletion that is killed must not leave half a checkpoint behind.
+                doomed = (self.directory / str(step)).rename(self.directory / f"{step}.deleted")
+                shutil.rmtree(doomed)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Within, what storage refuses is said in a sentence."""
+        """Within, which may take no longer than it may, what storage refuses is a sentence."""
         try:
-            yield
+            with self._within():
+                yield
         except jax.errors.JaxRuntimeError:
             raise  # the device's trouble
         except Exception as error:  # Orbax raises many kinds, from several threads
@@ -329,7 +347,8 @@ def put_aside(path: str | Path) -> None:
 
 def _put_aside(damaged: Sequence[Path]) -> None:
     for path in damaged if is_first() else ():
-        path.rename(f"{path}.damaged-{time.time_ns()}")
+        with files.storing(path):
+            path.rename(f"{path}.damaged-{time.time_ns()}")
 
 
 def _restore_item(path: Path, item: str, like: Tree) -> Tree:
@@ -448,15 +467,12 @@ def _is_not_told_again(record: logging.LogRecord) -> bool:
 
 
 def _check_writable(directory: Path) -> None:
-    try:
+    with files.chosen(
+        f"checkpoints to {directory}", "choose another output folder or make this one writable"
+    ):
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except OSError as error:
-        raise InputError(
-            f"cannot write checkpoints to {directory}: {error.strerror}; "
-            "choose another output folder or make this one writable"
-        ) from error
 
 
 def _check_files(path: Path, items: Sequence[str]) -> None:
@@ -467,6 +483,11 @@ def _check_files(path: Path, items: Sequence[str]) -> None:
     try:
         sizes = json.loads((path / _FILES_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:  # the arrays may be sound without it
+        logger.warning(
+            "checkpoint %s has no %s, so that nothing tells how long its files were",
+            path,
+            _FILES_FILE,
+        )
         return
     except (OSError, ValueError) as error:
         raise _damaged(path, _FILES_FILE, error) from error

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxrl_reason import __version__
 from jaxrl_reason.errors import InputError, Preemption, StorageError
@@ -81,6 +82,12 @@ Time the standard workloads on this machine: W1 and W2, a step of GRPO with comp
 of uneven length; W3, fine-tuning on packed documents; W4, sampling alone. Weights are random.
 """
 
+_ROOM = "make room, and start the same command again"
+_AFTER_ROOM = (
+    "what was written before is kept, and the last complete checkpoint with it: make room, or let "
+    "the folder be written to again, and the same command goes on from there"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
@@ -107,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except StorageError as error:
-        print(f"error: {error}; make room, and the same command goes on", file=sys.stderr)
+        goes_on = arguments.command in (_run, _reproduce)
+        print(f"error: {error}; {_AFTER_ROOM if goes_on else _ROOM}", file=sys.stderr)
         return 1
     except Preemption as notice:
         print(f"SIGTERM: {notice}; the same command goes on from there")
@@ -144,11 +152,12 @@ def _heeded() -> Iterator[None]:
 def _run(arguments: argparse.Namespace) -> int:
     from jaxrl_reason import launch, processes
 
-    if arguments.profile is not None:
-        arguments.overrides.append(f"tracking.profile={arguments.profile}")
     if arguments.local_processes is not None:
         words = ["run", arguments.config, *arguments.overrides]
+        words += [] if arguments.profile is None else [f"--profile={arguments.profile}"]
         return launch.run_here(words, arguments.local_processes)
+    if arguments.profile is not None:
+        arguments.overrides.append(f"tracking.profile={arguments.profile}")
     processes.start()
     from rich.console import Console
 
@@ -159,7 +168,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     config = RunConfig.load(arguments.config, arguments.overrides)
     if arguments.profile is not None:
-        _write_programs(Path(config.output_dir) / config.name / "programs")
+        _write_programs(Path(config.output_dir) / config.name / "programs" / processes.place())
     console = Console(soft_wrap=True, quiet=not processes.is_first())
     say = lambda line: console.print(line, highlight=False, markup=False)
     if processes.count() > 1:
@@ -183,7 +192,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _write_programs(folder: Path) -> None:
-    """Have the compiler write the optimised programs of this process; before it has any device."""
+    """Have the compiler write the optimised programs of this process; before it has any device.
+
+    A folder of its own for each process, as they number the same programs the same way.
+    """
     import jax
 
     flags = f"--xla_dump_to={folder.absolute()} --xla_dump_hlo_as_text"
@@ -196,18 +208,23 @@ def _write_programs(folder: Path) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    if arguments.search is not None and arguments.search < 1:
+        raise InputError(
+            f"--search {arguments.search} must be 1 or more: the most choices that are compiled"
+        )
     from jaxrl_reason.planner.topology import open_topology
 
     topology = open_topology(arguments.topology)  # before the configuration asks JAX for devices
     from jaxrl_reason.planner import tables
     from jaxrl_reason.planner.described import load_described
-    from jaxrl_reason.planner.plan import plan_stages
+    from jaxrl_reason.planner.plan import EVALUATION, plan_stages
     from jaxrl_reason.stages.context import Context
 
     config = load_described(arguments.config, arguments.overrides)
-    unknown = [name for name in arguments.stages if name not in config.stages]
+    known = (*config.stages, EVALUATION)
+    unknown = [name for name in arguments.stages if name not in known]
     if unknown:
-        raise InputError(f"--stages {unknown[0]}: the run has {', '.join(config.stages)}")
+        raise InputError(f"--stages {unknown[0]}: the run has {', '.join(known)}")
     wide = None if sys.stdout.isatty() else 120
     console = Console(soft_wrap=True, stderr=arguments.json == "-", width=wide)
     say = lambda line: console.print(line, highlight=False, markup=False)
@@ -222,18 +239,14 @@ def _plan(arguments: argparse.Namespace) -> int:
             most=arguments.search,
             say=say,
         )
+        _write_plan(arguments.json, tables.search_json(trials, topology))
         console.print(tables.search_table(trials, topology))
         best = trials[0]
         say(f"{'best' if best.fits else 'nothing fits; nearest'}: {' '.join(best.overrides)}")
         return 0 if best.fits else 1
     context = Context.describe(config, topology.devices)
     stages = plan_stages(context, topology, names=arguments.stages or None, say=say)
-    if arguments.json is not None:
-        text = json.dumps(tables.as_json(stages, topology), indent=2)
-        if arguments.json == "-":
-            print(text)
-        else:
-            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    _write_plan(arguments.json, tables.as_json(stages, topology))
     chips, chip = len(topology.devices), topology.chip
     mesh = " x ".join(f"{axis} {size}" for axis, size in context.mesh.shape.items() if size > 1)
     say(f"\n{config.name} on {chips} x {chip.name} ({topology.name}), mesh {mesh or 'of one'}")
@@ -248,7 +261,32 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0 if all(stage.memory <= chip.memory for stage in stages) else 1
 
 
+def _write_plan(path: str | None, plan: dict[str, Any]) -> None:
+    text = json.dumps(plan, indent=2, allow_nan=False) + "\n"
+    if path == "-":
+        print(text, end="")
+    elif path is not None:
+        _write_chosen(path, text)
+
+
+def _write_chosen(path: str, text: str) -> None:
+    """Write a file that was named on the command line, which may be a pipe."""
+    from jaxrl_reason import files
+
+    with files.chosen(path, "choose another file"):
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _joined() -> bool:
+    """Join the other processes of the command, if there are any; whether this one speaks."""
+    from jaxrl_reason import processes
+
+    processes.start()
+    return processes.is_first()
+
+
 def _import(arguments: argparse.Namespace) -> None:
+    speaks = _joined()
     from jaxrl_reason.config import apply_overrides, validate
     from jaxrl_reason.stages.config import RunConfig
     from jaxrl_reason.stages.pipeline import import_model
@@ -262,11 +300,13 @@ def _import(arguments: argparse.Namespace) -> None:
         "evaluation": {"max_completion_length": 1024},
     }
     raw = apply_overrides(RunConfig, given, arguments.overrides)
-    stage = import_model(validate(RunConfig, raw, "import"), say=print)
-    print(f"for example: jaxrl-reason sample {stage}")
+    say = print if speaks else lambda line: None
+    stage = import_model(validate(RunConfig, raw, "import"), say=say)
+    say(f"for example: jaxrl-reason sample {stage}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    speaks = _joined()
     from jaxrl_reason.stages.load import export
 
     written = export(
@@ -276,10 +316,12 @@ def _export(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         max_shard_size=arguments.max_shard_size,
     )
-    print(written)
+    if speaks:
+        print(written)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    speaks = _joined()
     from jaxrl_reason.config import apply_overrides, to_json, validate
     from jaxrl_reason.stages.config import EvaluationConfig
     from jaxrl_reason.stages.evaluate import evaluate, write_samples
@@ -290,12 +332,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     raw = apply_overrides(EvaluationConfig, given, arguments.overrides)
     config = validate(EvaluationConfig, raw, "evaluation")
     result, rows = evaluate(loaded.context, loaded.params, config)
+    if not speaks:
+        return
     if arguments.samples is not None:
         write_samples(arguments.samples, rows)
     print(json.dumps({"checkpoint": arguments.checkpoint, **result}, indent=2))
 
 
 def _sample(arguments: argparse.Namespace) -> None:
+    speaks = _joined()
+    from jaxrl_reason import processes
     from jaxrl_reason.config import apply_overrides, validate
     from jaxrl_reason.stages.load import load
     from jaxrl_reason.stages.sample import Prompt, SampleConfig, complete, read_prompts
@@ -306,8 +352,14 @@ def _sample(arguments: argparse.Namespace) -> None:
     config = validate(SampleConfig, raw, "sample")
     if arguments.file is not None:
         for row in complete(loaded, read_prompts(arguments.file), config):
-            print(json.dumps(row, ensure_ascii=False))
+            if speaks:
+                print(json.dumps(row, ensure_ascii=False))
         return
+    if processes.count() > 1:
+        raise InputError(
+            f"sample asks at one terminal, and this is one of {processes.count()} processes; give "
+            "them all the same --file"
+        )
     example = loaded.context.task.generate("test", 0).prompt
     print(f"Type a prompt, for example:  {example}\nAn empty line or Ctrl-D ends.")
     number = 0
@@ -417,7 +469,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if arguments.out is not None:
-        Path(arguments.out).write_text(json.dumps(result, indent=1) + "\n")
+        _write_chosen(arguments.out, json.dumps(result, indent=1) + "\n")
     print(table(result))
 
 
@@ -502,10 +554,15 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const=12,
         metavar="N",
-        help="try up to N (12) meshes, remat policies and microbatches, and say which are best",
+        help="try up to N (12) choices of mesh, remat policy, microbatches and completions sampled "
+        "at once, and say which are best; the rows of a step stay as they are",
     )
     plan.add_argument("--price", type=float, help="of an hour of a chip: also say what it costs")
-    plan.add_argument("--json", metavar="FILE", help="write the plan here; - for standard output")
+    plan.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the plan, or what a search has tried, here; - for standard output",
+    )
     importer = add("import", _import, _IMPORT, "make a run of a published model")
     importer.add_argument("model", help="directory or hub id in Hugging Face's format")
     importer.add_argument("directory", help="folder to be made, such as runs/qwen3")

@@ -5,8 +5,9 @@ has a share of the machine's GPUs; without GPUs, each has CPU devices of its own
 others end too.
 """
 
+import contextlib
 import os
-import shutil
+import re
 import signal
 import socket
 import subprocess
@@ -14,10 +15,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.processes import ADDRESS, COUNT, NUMBER
+
+_HUNG = re.compile(r"^Timeout \([\d:.]+\)!$", re.MULTILINE)
+"""What Python writes before the stacks of all threads."""
 
 _GRACE = 20.0
 """Seconds that the others have to end by themselves when one has failed."""
@@ -38,18 +41,32 @@ def run_here(arguments: Sequence[str], count: int) -> int:
     shares = _device_shares(count)
     common = {ADDRESS: f"localhost:{_free_port()}", COUNT: str(count)}
     command = [sys.executable, "-m", "jaxrl_reason.cli", *arguments]
-    with tempfile.TemporaryFile("w+") as said:  # the others say what the first one says
+    with contextlib.ExitStack() as stack:  # the others say what the first one says
+        said = [None, *(stack.enter_context(tempfile.TemporaryFile("w+")) for _ in shares[1:])]
         started = []
-        for number in range(count):
+        for number, quiet in enumerate(said):
             environment = {**os.environ, **common, NUMBER: str(number), **shares[number]}
-            quiet = None if number == 0 else said
             started.append(subprocess.Popen(command, env=environment, stdout=quiet, stderr=quiet))
         with _passed_on(started):
             codes = _wait(started)
-        if any(codes) and codes[0] <= 0:
-            said.seek(0)
-            shutil.copyfileobj(said, sys.stderr)
+        for number, file in enumerate(said):
+            if file is not None and any(codes):
+                file.seek(0)
+                sys.stderr.write(_worth_telling(number, file.read(), codes))
     return _together(codes)
+
+
+def _worth_telling(number: int, text: str, codes: Sequence[int]) -> str:
+    """What the user has to see of what a process said that has no terminal.
+
+    All of it where the first one did not fail by itself, and any stacks: where a process hangs no
+    other knows.
+    """
+    hung = _HUNG.search(text)
+    if not text or (codes[0] > 0 and hung is None):
+        return ""
+    told = text[hung.start() :] if hung is not None and codes[0] > 0 else text
+    return f"process {number}:\n{told}"
 
 
 def _together(codes: Sequence[int]) -> int:
@@ -73,7 +90,7 @@ def _wait(started: Sequence[subprocess.Popen]) -> list[int]:
     return [process.returncode for process in started]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _passed_on(started: Sequence[subprocess.Popen]) -> Iterator[None]:
     """Within, SIGTERM and Ctrl-C go to all of them."""
 

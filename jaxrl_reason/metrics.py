@@ -6,6 +6,7 @@ copies of it. Metric names are TRL's.
 """
 
 import collections
+import contextlib
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, SupportsFloat, TextIO
 
+from jaxrl_reason import files
 from jaxrl_reason.errors import InputError, StorageError
 
 VERL_NAMES: Mapping[str, str] = {
@@ -147,6 +149,7 @@ class MetricLog:
 
     Raises:
         InputError: the directory cannot be written, its file is damaged, or W&B is missing.
+        StorageError: storage refuses what is written.
     """
 
     def __init__(
@@ -166,16 +169,11 @@ class MetricLog:
         self._names = {} if aliases is None else _ALIASES[aliases]
         self._last_step = from_step
         directory = Path(directory)
-        try:
+        with files.chosen(f"metrics to {directory}", "choose an output folder you may write to"):
             directory.mkdir(parents=True, exist_ok=True)
             _resume_file(directory / "metrics.jsonl", from_step)
             self._file = (directory / "metrics.jsonl").open("a", encoding="utf-8")
             self._events = _Events(directory / "tensorboard", from_step) if tensorboard else None
-        except OSError as error:
-            raise InputError(
-                f"cannot write metrics to {directory}: {error.strerror}; "
-                "choose an output folder you may write to"
-            ) from error
         self._run = (
             None if wandb is None else _start_run(wandb, wandb_project, directory, from_step)
         )
@@ -186,6 +184,7 @@ class MetricLog:
         Raises:
             ValueError: the step goes back, or a metric is called "step".
             TypeError: a value is no scalar.
+            StorageError: storage refuses the row.
         """
         if step < self._last_step:
             raise ValueError(f"step {step} after step {self._last_step}; rows are written in order")
@@ -193,33 +192,37 @@ class MetricLog:
             raise ValueError('a metric may not be called "step"; pass it as the first argument')
         row = with_aliases({k: _scalar(k, value) for k, value in metrics.items()}, self._names)
         self._last_step = step
-        try:
+        with files.storing(f"metrics of step {step}, to {self._file.name},"):
             self._file.write(_dumps({"step": int(step), **row}) + "\n")
             self._file.flush()
             if self._events is not None:
                 self._events.write(step, row)
-        except OSError as error:
-            raise StorageError(
-                f"metrics of step {step} could not be written to {self._file.name}: "
-                f"{error.strerror}"
-            ) from error
         if self._run is not None:
             self._run.log({"step": int(step), **row})
 
     def close(self) -> None:
-        """Close every sink; closing twice is harmless."""
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
-        if self._run is not None:
-            self._run.finish()
+        """Close every sink; closing twice is harmless.
+
+        Raises:
+            StorageError: storage refuses what was still to be written.
+        """
+        events, run = self._events, self._run
         self._events = self._run = None
+        with contextlib.ExitStack() as stack:
+            if run is not None:
+                stack.callback(run.finish)
+            stack.enter_context(files.storing(self._file.name))
+            if events is not None:
+                stack.callback(events.close)
+            stack.callback(self._file.close)
 
     def __enter__(self) -> "MetricLog":
         return self
 
-    def __exit__(self, *_) -> None:
-        self.close()
+    def __exit__(self, kind, *_) -> None:
+        # What storage refused is told once: a row that could not be written is tried again here.
+        with contextlib.nullcontext() if kind is None else contextlib.suppress(StorageError):
+            self.close()
 
 
 class NoLog:
@@ -299,7 +302,8 @@ def _start_run(wandb: Any, project: str | None, directory: Path, from_step: int)
     """Open the W&B run of this directory; a resumed stage continues the run it was."""
     record = directory / "wandb_run_id"
     if from_step == 0 or not record.exists():
-        record.write_text(os.urandom(4).hex() + "\n")
+        with files.storing(record):
+            files.replace(record, os.urandom(4).hex() + "\n")
     run = wandb.init(
         project=project,
         id=record.read_text().strip(),

@@ -8,14 +8,18 @@ nothing.
 
 import os
 import pickle
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from jaxrl_reason.errors import InputError
+from jaxrl_reason.errors import InputError, StorageError
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+_TOLD = (InputError, StorageError)
+"""What all processes end with, if one does."""
 
 _UNIT = 2**20
 _GATHERED_BYTES = 2**28
@@ -25,6 +29,9 @@ ADDRESS, COUNT, NUMBER = "JAXRL_COORDINATOR", "JAXRL_PROCESSES", "JAXRL_PROCESS"
 """Variables of the environment: where the first process listens, how many there are, which this is.
 
 `jaxrl-reason run --local-processes` sets them; a launcher that JAX does not know can do so too."""
+
+_NUMBERS = (NUMBER, "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+"""Where launchers say the number of a process; Google's do not."""
 
 
 class Launch(NamedTuple):
@@ -132,6 +139,20 @@ def number() -> int:
     return jax.process_index()
 
 
+def place() -> str:
+    """Name of this process's own folder in one that all write to; "" for a process on its own.
+
+    Known once the processes have found each other, and before JAX has looked for devices, when
+    `number` is not: the number where the launcher told it, and else the name of the host.
+    """
+    import jax
+
+    if not jax.distributed.is_initialized():
+        return ""
+    told = [os.environ[name] for name in _NUMBERS if name in os.environ]
+    return f"process_{told[0]}" if told else socket.gethostname()
+
+
 def devices() -> int:
     """Devices of all processes."""
     import jax
@@ -179,6 +200,7 @@ def together(make: Callable[[], T]) -> list[T]:
 
     Raises:
         InputError: that of the first process in which `make` raised one, in all processes.
+        StorageError: as well.
         RuntimeError: `make` raised something else in another process.
     """
     if count() == 1:
@@ -188,13 +210,14 @@ def together(make: Callable[[], T]) -> list[T]:
         made = make()
     except Exception as raised:  # the others are waiting, and have to be told of anything
         error = raised
-    refused = isinstance(error, InputError)
-    found = gather((made, None if error is None else (refused, f"{error}")))
-    if error is not None and not refused:
+    kind = next((kind for kind in _TOLD if isinstance(error, kind)), None)
+    found = gather((made, None if error is None else (kind, f"{error}")))
+    if error is not None and kind is None:
         raise error
     for process, (_, told) in enumerate(found):
         if told is not None:
-            raise InputError(told[1]) if told[0] else RuntimeError(f"process {process}: {told[1]}")
+            kind, message = told
+            raise RuntimeError(f"process {process}: {message}") if kind is None else kind(message)
     return [value for value, _ in found]
 
 
@@ -203,6 +226,7 @@ def from_first(make: Callable[[], T]) -> T:
 
     Raises:
         InputError: `make` raised it, in all processes.
+        StorageError: as well.
     """
     first: list[Any] = together(lambda: make() if is_first() else None)
     return first[0]

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, ParamSpec, TypeVar
+from typing import Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -112,29 +112,81 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def _arranged(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
     """Devices in an order in which the axes that talk most have the shortest ways.
 
-    On TPUs that is the order of the network's links, with `data` alone across slices. Elsewhere the
-    devices of a process are neighbours, so that `tensor`, the last axis, stays within one.
+    On TPUs that is the order of the network's links, `tensor`, the last axis, within a host where
+    it fits into one, and `data` alone across slices. Elsewhere the devices of a process are
+    neighbours, so that `tensor` stays within one.
     """
     if devices[0].platform != "tpu":
         ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
         return np.asarray(ordered).reshape(sizes)
-    slices = len({getattr(device, "slice_index", None) for device in devices})
-    if slices == 1:
-        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    data = sizes[MESH_AXES.index("data")]
-    if data % slices:
+    slices = sorted({getattr(device, "slice_index", None) or 0 for device in devices})
+    axis = MESH_AXES.index("data")
+    if sizes[axis] % len(slices):
         raise InputError(
-            f"mesh.data={data} must be a multiple of the {slices} slices, between which only "
-            "replicas of the parameters talk"
+            f"mesh.data={sizes[axis]} must be a multiple of the {len(slices)} slices, between "
+            "which only replicas of the parameters talk"
         )
-    within = [
-        size // slices if axis == "data" else size
-        for axis, size in zip(MESH_AXES, sizes, strict=True)
-    ]
-    across = [slices if axis == "data" else 1 for axis in MESH_AXES]
-    return mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, allow_split_physical_axes=True
-    )
+    within = [*sizes[:axis], sizes[axis] // len(slices), *sizes[axis + 1 :]]
+    of = lambda number: [d for d in devices if (getattr(d, "slice_index", None) or 0) == number]
+    return np.concatenate([_of_slice(of(number), within) for number in slices], axis=axis)
+
+
+class _Box(NamedTuple):
+    """Neighbouring chips, which `mesh_utils` arranges as if they were one."""
+
+    chips: tuple[jax.Device, ...]
+    coords: tuple[int, ...]
+    platform: str = "tpu"
+    device_kind: str = "box"
+    core_on_chip: int = 0
+
+
+def _of_slice(devices: Sequence[jax.Device], sizes: Sequence[int]) -> np.ndarray:
+    """Devices of one slice by the links of its network."""
+    plain = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    groups = plain.reshape(-1, sizes[-1])
+    if all(len({device.process_index for device in group}) == 1 for group in groups):
+        return plain
+    boxes = _boxes(devices, sizes[-1])
+    if boxes is None:
+        return plain
+    arranged = mesh_utils.create_device_mesh(sizes[:-1], boxes, allow_split_physical_axes=True)
+    chips = np.empty(tuple(sizes), object)
+    for place in np.ndindex(*arranged.shape):
+        chips[place] = arranged[place].chips
+    return chips
+
+
+def _boxes(devices: Sequence[jax.Device], size: int) -> list[_Box] | None:
+    """Boxes of so many chips, each within a host; None if hosts are no boxes, or are smaller."""
+    coords: np.ndarray = np.asarray([device.coords for device in devices])
+    coords -= coords.min(axis=0)
+    processes = np.asarray([device.process_index for device in devices])
+    of_one = coords[processes == processes[0]]
+    host = of_one.max(axis=0) - of_one.min(axis=0) + 1
+    hosts = {(p, *at) for p, at in zip(processes.tolist(), (coords // host).tolist(), strict=True)}
+    box, left = [], size
+    for length in host.tolist():
+        box.append(math.gcd(length, left))
+        left //= box[-1]
+    if left > 1 or len(hosts) * math.prod(host) != len(devices):
+        return None
+    if len({process for process, *_ in hosts}) != len(hosts):
+        return None
+    found: dict[tuple[int, ...], dict[tuple[int, ...], jax.Device]] = {}
+    for device, at, inside in zip(devices, coords // box, coords % box, strict=True):
+        found.setdefault(tuple(at.tolist()), {})[tuple(inside.tolist())] = device
+    order = _snake(box)
+    return [_Box(tuple(chips[place] for place in order), at) for at, chips in found.items()]
+
+
+def _snake(sizes: Sequence[int]) -> list[tuple[int, ...]]:
+    """The places of a box, each a neighbour of the one before it."""
+    if not sizes:
+        return [()]
+    inner = _snake(sizes[1:])
+    turns = [inner[:: -1 if first % 2 else 1] for first in range(sizes[0])]
+    return [(first, *rest) for first, places in enumerate(turns) for rest in places]
 
 
 def tree_shardings(mesh: Mesh, axes, shapes, rules: AxisRules = DEFAULT_RULES):

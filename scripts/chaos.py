@@ -1,12 +1,13 @@
 """Kill runs at random moments, damage what they left, start them again, and compare the bits.
 
-    python scripts/chaos.py --runs 54 --jobs 2 --out docs/reliability.json
+    python scripts/chaos.py --runs 63 --jobs 2 --out docs/reliability.json
 
 The four stages of the quickstart, with fewer steps, are run once without being disturbed. Every
 other run is killed with SIGKILL and started again until it ends; then its parameters are compared,
 stage by stage and bit by bit, with those of the first, and its metrics must have every step once.
-Kinds of trouble, in turn:
+Where files were damaged, the log must name the checkpoint and say so. Kinds of trouble, in turn:
 
+    starting   killed at a random moment before the first step, or in it
     once       killed at a random moment of a random stage
     twice      and again after it was started again
     saving     killed while a checkpoint is being written
@@ -58,8 +59,10 @@ SMALLER = (
     "stages.balance.max_completion_length=48",
 )
 STAGES = ("cold_start", "prefer", "reason", "balance")
-KINDS = ("once", "twice", "saving", "shortened", "removed", "notice")
+KINDS = ("starting", "once", "twice", "saving", "shortened", "removed", "notice")
 MOST_STARTS = 8
+STARTING = 12.0
+"""Seconds: about as long as a run takes to its first step where its programs are compiled."""
 
 
 def start(folder: Path, overrides: list[str]) -> subprocess.Popen:
@@ -133,10 +136,33 @@ def wait(run: subprocess.Popen, until: Callable[[], bool]) -> bool:
     return False
 
 
+def says_so(folder: Path, damaged: list[str | None]) -> bool:
+    """Whether the log names every checkpoint of whose contents a file was damaged, as damaged.
+
+    Files of Orbax's beside them (`_CHECKPOINT_METADATA`, `commit_success.txt`) hold nothing that is
+    read; without ours (`files.json`), contents are read as they are.
+    """
+    lines = [line for line in (folder / "log.txt").read_text().splitlines() if "damaged" in line]
+    parts = [Path(file).parts for file in damaged if file is not None]
+    steps = ["/".join(part[:3]) for part in parts if len(part) > 4]
+    return all(any(step in line for line in lines) for step in steps)
+
+
 def strike(
     kind: str, folder: Path, run: subprocess.Popen, rng: random.Random, sizes: dict[str, int]
 ) -> dict | None:
     """Wait for a random moment and kill the run; says when, or None if it had ended before."""
+    if kind == "starting":
+        began = time.monotonic()
+        moment = rng.random() * STARTING
+        early = lambda: time.monotonic() - began >= moment or steps_done(folder, STAGES[0])
+        if not wait(run, early):
+            return None
+        run.kill()
+        run.wait()
+        seconds = time.monotonic() - began
+        done = steps_done(folder, STAGES[0])
+        return {"stage": STAGES[0], "step": done, "when": f"{seconds:.1f} s after the start"}
     done = {stage: steps_done(folder, stage) for stage in STAGES}
     left = [stage for stage in STAGES if done[stage] < sizes[stage]]
     if not left:
@@ -251,7 +277,8 @@ def main() -> int:
                 told = done.result()
                 folder = root / f"run_{told['run']}"
                 ended = "exit" not in told and has_every_step_once(folder, sizes)
-                told["same"] = ended and bits(folder) == expected
+                told["said"] = says_so(folder, told["damaged"])
+                told["same"] = ended and told["said"] and bits(folder) == expected
                 print(json.dumps(told), flush=True)
                 runs = sorted([*runs, told], key=lambda run: run["run"])
                 if arguments.out:

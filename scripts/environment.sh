@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh, from the root of the repository.
 # make_environment run|test: puts the package and the pinned versions into .venv, or reuses them.
 

@@ -282,6 +282,15 @@ def test_garbage_of_the_right_size_is_damage_too(tmp_path, name):
     assert "\n" not in message
 
 
+def test_a_checkpoint_without_the_lengths_of_its_files_is_read_and_said_to_be(tmp_path, caplog):
+    path = save(tmp_path, 1)
+    (path / "files.json").unlink()
+    params = make_params()
+    with caplog.at_level(logging.WARNING):
+        checkpoint.restore(path, params=shapes(params), state=shapes(make_state(params)))
+    assert f"checkpoint {path} has no files.json" in caplog.text
+
+
 # After an unreadable array Orbax closes its event loop while TensorStore's threads still report to
 # it, which Python counts as exceptions that nobody could catch.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -21,10 +21,11 @@ LIBRARY = {"advantages", "arrays", "logprobs", "losses", "objectives"}
 STEPS = LIBRARY | {"models", "sharding"}
 
 # Room -> the rooms it may import, besides itself and those that are open to all.
-OPEN = {"errors", "plugins", "processes"}
+OPEN = {"errors", "files", "plugins", "processes"}
 ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
+    "files": set(),
     "plugins": set(),
     "processes": set(),
     **{leaf: set() for leaf in LEAVES},

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_reason.errors import InputError
+from jaxrl_reason.errors import InputError, StorageError
 from jaxrl_reason.metrics import (
     VERL_NAMES,
     MetricLog,
@@ -155,9 +155,24 @@ def test_a_failed_rewrite_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", no_space)
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(StorageError, match="No space left on device"):
         MetricLog(tmp_path, tensorboard=False, from_step=3)
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a full device is Linux's")
+def test_a_full_disk_is_told_once(tmp_path):
+    def fill() -> None:
+        with MetricLog(tmp_path, tensorboard=False) as log:
+            log.log(1, {"loss": 1.0})
+            full = os.open("/dev/full", os.O_WRONLY)
+            os.dup2(full, log._file.fileno())  # what the file holds back fails again at its end
+            os.close(full)
+            log.log(2, {"loss": 1.0})
+
+    with pytest.raises(StorageError, match=r"metrics of step 2, to .* No space left on device"):
+        fill()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_bad_places_and_options_are_refused(tmp_path):

@@ -79,6 +79,46 @@ def test_neighbours_along_tensor_are_neighbours_in_the_network():
     assert len({chip.id for chip in grid.flat}) == 64
 
 
+def hosted(chips: list[Chip], *host: int) -> list[Chip]:
+    """The same with hosts of boxes of so many chips."""
+    where = lambda chip: (
+        chip.slice_index,
+        *(c // n for c, n in zip(chip.coords, host, strict=True)),
+    )
+    hosts = sorted({where(chip) for chip in chips})
+    return [dataclasses.replace(chip, process_index=hosts.index(where(chip))) for chip in chips]
+
+
+@pytest.mark.parametrize(
+    ("chips", "host", "sizes"),
+    [
+        ((1, 4, 4, 4), (2, 2, 1), (1, 16, 1, 1, 4)),
+        ((1, 8, 8, 1), (2, 4, 1), (2, 8, 1, 1, 4)),
+        ((1, 8, 8, 1), (2, 4, 1), (1, 8, 1, 1, 8)),
+        ((1, 4, 8, 1), (2, 2, 1), (2, 2, 1, 2, 4)),
+        ((2, 4, 4, 1), (2, 2, 1), (4, 2, 1, 1, 4)),
+    ],
+)
+def test_tensor_stays_within_a_host_whose_chips_are_neighbours(chips, host, sizes):
+    grid = sharding._arranged(hosted(slices(*chips), *host), sizes)
+    assert grid.shape == sizes
+    assert len({chip.id for chip in grid.flat}) == grid.size
+    for group in grid.reshape(-1, sizes[-1]):
+        assert len({chip.process_index for chip in group}) == 1
+        assert max(apart(*pair) for pair in itertools.pairwise(group)) == 1
+    for slice_index, part in enumerate(np.split(grid, chips[0])):
+        assert {chip.slice_index for chip in part.flat} == {slice_index}
+
+
+@pytest.mark.parametrize(("host", "tensor"), [((2, 2, 1), 8), ((1, 2, 1), 4), ((2, 2, 1), 16)])
+def test_a_tensor_axis_larger_than_a_host_goes_along_the_links(host, tensor):
+    grid = sharding._arranged(hosted(slices(1, 8, 8, 1), *host), (1, 64 // tensor, 1, 1, tensor))
+    assert len({chip.id for chip in grid.flat}) == 64
+    for group in grid.reshape(-1, tensor):
+        wide, high, _ = (max(a) - min(a) + 1 for a in zip(*(c.coords for c in group), strict=True))
+        assert wide * high == tensor
+
+
 def test_slices_hold_whole_replicas():
     grid = sharding._arranged(slices(2, 2, 2, 4), (4, 4, 1, 1, 2))
     for replica in grid:

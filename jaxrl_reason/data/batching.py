@@ -6,8 +6,9 @@ run continues exactly and the data cursor of a checkpoint is its step.
 
 import hashlib
 import heapq
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,24 +18,6 @@ from jaxrl_reason.errors import InputError
 Batch = dict[str, np.ndarray]
 
 
-class ShownLater(NamedTuple):
-    """Images and videos that are read again when a batch needs them."""
-
-    load: Callable[[], VisionRow]
-    num_patches: int
-    digest: str
-    """Identifies them."""
-
-    @classmethod
-    def of(cls, row: VisionRow, load: Callable[[], VisionRow]) -> "ShownLater":
-        """In place of a row that `load` gives again."""
-        arrays = (row.patches, row.patch_grids, row.patch_segments, row.visual_index)
-        digest = hashlib.sha256()
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array).tobytes())
-        return cls(load, len(row.patches), digest.hexdigest()[:16])
-
-
 class Example(NamedTuple):
     """Token ids of a prompt and of its completion."""
 
@@ -42,7 +25,7 @@ class Example(NamedTuple):
     completion: list[int]
     counted: list[bool] | None = None
     """Which tokens of the completion count in the loss; all if None."""
-    shown: VisionRow | ShownLater | None = None
+    shown: VisionRow | None = None
     """Images and videos among all these tokens, and their positions, for models that see."""
 
     @property
@@ -53,16 +36,18 @@ class Example(NamedTuple):
     @property
     def num_patches(self) -> int:
         """Patches of its images and videos."""
-        if self.shown is None:
-            return 0
-        later = isinstance(self.shown, ShownLater)
-        return self.shown.num_patches if later else len(self.shown.patches)
+        return 0 if self.shown is None else len(self.shown.patches)
 
     @property
-    def identity(self) -> list[Any]:
-        """As JSON values what tells it from others."""
-        shown = self.shown.digest if isinstance(self.shown, ShownLater) else None
-        return [self.prompt, self.completion, self.counted, shown]
+    def identity(self) -> str:
+        """Sixteen hexadecimal digits that tell it from others."""
+        text = json.dumps([self.prompt, self.completion, self.counted])
+        digest = hashlib.sha256(text.encode())
+        if self.shown is not None:
+            row = self.shown
+            for array in (row.patches, row.patch_grids, row.patch_segments, row.visual_index):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
@@ -151,8 +136,7 @@ def fill_rows(
             at += size
     if num_patches is None:
         return batch
-    show = lambda shown: shown.load() if isinstance(shown, ShownLater) else shown
-    shown = [[show(document.shown) for document in row] for row in documents]
+    shown = [[document.shown for document in row] for row in documents]
     return batch | visual_rows(shown, shape, num_patches)
 
 

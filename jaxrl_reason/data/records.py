@@ -8,7 +8,6 @@ a list of `{"role": ..., "content": ...}`, whose content is a string or a list o
 
 import hashlib
 import json
-import os
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -71,24 +70,6 @@ def read_jsonl(
     if not rows:
         raise InputError(f"{path}: no rows; write one JSON object a line")
     return rows
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one JSON object a line; the file appears whole or not at all.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
-    path = Path(path)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        os.replace(unfinished, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from error
 
 
 def format_of(row: Mapping[str, Any]) -> Format:

@@ -142,7 +142,8 @@ class Model:
                 model has `mrope_section`: time, row and column.
             segment_ids: document of each token, 0 for padding; tokens see their own document only.
             branch_ids: branch of each token, 0 for the trunk that every branch of the document
-                continues; branches of a row are numbered from 1. All 0 by default.
+                continues; branches of a row are numbered from 1, and the slots of each are
+                neighbours. All 0 by default.
             visual: images and videos among the tokens: `visual_index` [B T], the merged feature of
                 its row that a token takes, -1 for text; and what `visual_features` takes or gives.
         """

@@ -5,6 +5,8 @@ of whole gradients decide, so the methods see an ``[M, M]`` matrix and the tree 
 whoever differentiates a direction, the weights in it are constants.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,17 +17,28 @@ from jaxrl_reason.objectives.simplex import cagrad_weights, min_norm_weights, pc
 
 
 def gram_matrix(gradients: PyTree[Float[Array, "M ..."]]) -> Float[Array, "M M"]:
-    """Inner products of the M gradients over all leaves, in full precision."""
+    """Inner products of the M gradients over all leaves, in full precision.
+
+    A product of each pair: one of all with all would first lay out every leaf anew, which takes as
+    much memory again, and on TPUs minutes to compile.
+    """
     leaves = jax.tree.leaves(gradients)
-    _count(leaves)
+    count = _count(leaves)
+
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
 
     def inner(leaf):
         (leaf,) = to_floats(leaf)
-        rest = tuple(range(1, leaf.ndim))
         # tensordot keeps the leaf's sharding, which a reshape to [M, P] would not.
-        return jnp.tensordot(leaf, leaf, axes=(rest, rest), precision=jax.lax.Precision.HIGHEST)
+        axes = (tuple(range(leaf.ndim - 1)),) * 2
+        product = functools.partial(jnp.tensordot, axes=axes, precision=jax.lax.Precision.HIGHEST)
+        return jnp.stack([product(leaf[i], leaf[j]) for i, j in pairs])
 
-    return jnp.sum(jnp.stack(to_floats(*[inner(leaf) for leaf in leaves])), axis=0)
+    of_pairs = jnp.sum(jnp.stack(to_floats(*[inner(leaf) for leaf in leaves])), axis=0)
+    number = {pair: place for place, pair in enumerate(pairs)}
+    every = range(count)
+    places = [[number[min(i, j), max(i, j)] for j in every] for i in every]
+    return of_pairs[jnp.asarray(places)]
 
 
 def combine(

@@ -28,7 +28,8 @@ class Chip:
     torus_axes: int
     """Dimensions of the network of a slice."""
     wraps_at: int
-    """A dimension of the network is a ring if its size is a multiple of this, and else a line."""
+    """A dimension of the network is a ring if its size is a multiple of this, and else a line; of
+    three dimensions all are rings or none is."""
     network_bandwidth: float
     """To other slices, through the data centre's network."""
     source: str

@@ -157,7 +157,7 @@ class _Program:
         if opcode == "call" or one.opcode == "async-start":
             return sum((self._of(name) for name in _CALLED.findall(one.rest)), Cost())
         if opcode in _COLLECTIVES:
-            moved = self._operands(computation, one) + one.bytes
+            moved = self._operands(computation, one) + bytes_in_memory(_results(computation, one))
             return Cost(memory_bytes=moved, collectives={self._collective(computation, one): 1.0})
         if opcode == "fusion":
             inner = self._inside(_CALLED.findall(one.rest))
@@ -367,6 +367,14 @@ class _Program:
         else:
             sent = whole * (n - 1) / n
         return Collective(kind, sent, group)
+
+
+def _results(computation: Computation, one: Instruction) -> Sequence[Shape]:
+    """What a collective writes: some that have begun name what they read as well, before it."""
+    if one.opcode not in ("all-gather-start", "collective-permute-start"):
+        return one.shapes
+    operands = (computation.by_name.get(name) for name in one.operands)
+    return one.shapes[sum(len(i.shapes) for i in operands if i is not None) :]
 
 
 def _branches(one: Instruction) -> list[str]:

@@ -20,10 +20,28 @@ from jaxrl_reason.planner.roofline import Times, times
 from jaxrl_reason.planner.topology import Topology
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.pipeline import plan as stages_of
-from jaxrl_reason.stages.programs import Program, stage_programs
+from jaxrl_reason.stages.policy_config import PolicyConfig
+from jaxrl_reason.stages.programs import (
+    Program,
+    evaluation_programs,
+    judges_of,
+    stage_programs,
+)
 
 _TEMPORARIES = re.compile(r"required for HLO temporaries \(([\d.]+)([KMGT]?)\)")
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm")
+_PASSES = {
+    "update": 3,
+    "gradient": 3,
+    "forward": 1,
+    "prefill": 1,
+    "decode": 1,
+    "sync": 0,
+    "encode": 0,
+}
+"""Products of a kind of work in forward passes of the language model."""
+EVALUATION = "evaluation"
+"""What plans call that which every stage ends with."""
 _UNITS = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30, "T": 2.0**40}
 
 
@@ -75,6 +93,17 @@ class StagePlan:
     """Tokens that a step updates on."""
     steps: int
     """Of the whole stage."""
+    microbatches: int | None = None
+    """That an update is cut into; None where nothing is updated."""
+    rows_sampled: int | None = None
+    """Completions that are decoded at once; None where nothing is sampled."""
+    missing_judges: Sequence[str] = ()
+    """Paths of judges that are not here, and so not planned."""
+
+    @property
+    def fullest(self) -> ProgramPlan:
+        """The program that needs the most memory."""
+        return max(self.programs, key=lambda program: program.memory.total)
 
     @property
     def hours(self) -> float:
@@ -84,7 +113,7 @@ class StagePlan:
     @property
     def memory(self) -> float:
         """Bytes of a chip at the fullest moment."""
-        return max(program.memory.total for program in self.programs)
+        return self.fullest.memory.total
 
     @property
     def seconds(self) -> float:
@@ -104,37 +133,56 @@ def plan_stages(
     Args:
         context: of the run, on the devices of the topology.
         topology: what to compile for.
-        names: of the stages; all by default.
+        names: of the stages, and `evaluation` for what each ends with; all by default.
         say: receives a line about each program as it is compiled.
 
     Raises:
         InputError: the rows of a stage do not divide over the mesh.
     """
-    chosen = [stage for stage in stages_of(context) if names is None or stage.name in names]
+    stages = stages_of(context)
     # Mistakes of any stage are told before the first is compiled, which may take minutes.
-    described = [(stage, stage_programs(stage)) for stage in chosen]
+    described = [
+        (stage.name, stage.config.kind, getattr(stage.config, "steps", 1), stage_programs(stage))
+        for stage in stages
+        if names is None or stage.name in names
+    ]
+    missing = {
+        stage.name: judges_of(stage.config.rewards, topology.devices).missing
+        for stage in stages
+        if isinstance(stage.config, PolicyConfig)
+    }
+    if names is None or EVALUATION in names:
+        trained = sum(hasattr(stage.config, "optimizer") for stage in stages)
+        # Of what the stages begin with, too.
+        described.append((EVALUATION, EVALUATION, trained + 1, evaluation_programs(context)))
     plans = []
-    for stage, of_stage in described:
+    for name, kind, steps, of_stage in described:
         programs = []
         for program in of_stage:
-            made = _plan_program(program, context.model.config, topology)
-            say(f"{stage.name}: {program.name} compiled in {made.compile_seconds:.0f} s")
+            made = _plan_program(program, context, topology)
+            say(f"{name}: {program.name} compiled in {made.compile_seconds:.0f} s")
             programs.append(made)
         tokens = sum(round(p.per_step * p.tokens) for p in programs if p.work == "update")
+        updates = [p.arguments["batch"]["tokens"].shape[0] for p in of_stage if p.work == "update"]
+        rows = [p.rows for p in of_stage if p.rows is not None and p.judge is None]
         plans.append(
             StagePlan(
-                name=stage.name,
-                kind=stage.config.kind,
+                name=name,
+                kind=kind,
                 programs=programs,
                 tokens=tokens,
-                steps=getattr(stage.config, "steps", 1),  # rejection sampling has a single one
+                steps=steps,
+                microbatches=max(updates, default=None),
+                rows_sampled=max(rows, default=None),
+                missing_judges=missing.get(name, ()),
             )
         )
     return plans
 
 
-def _plan_program(program: Program, config: ModelConfig, topology: Topology) -> ProgramPlan:
-    began, chip = time.monotonic(), topology.chip
+def _plan_program(program: Program, context: Context, topology: Topology) -> ProgramPlan:
+    context = program.judge or context
+    began, chip, config = time.monotonic(), topology.chip, context.model.config
     arrays: Counter[str] = Counter()
     for name, tree in (*program.arguments.items(), *program.beside.items()):
         arrays[name] += bytes_per_device(tree)
@@ -157,7 +205,8 @@ def _plan_program(program: Program, config: ModelConfig, topology: Topology) -> 
     cost = program_cost(compiled.as_text())
     inside = kernel_flops(config, program, cost.kernels) / len(topology.devices)
     cost = dataclasses.replace(cost, flops=cost.flops + inside)
-    bound = times(cost, chip, topology.devices)
+    # Programs number devices as the mesh does, not as the topology.
+    bound = times(cost, chip, list(context.mesh.devices.flat))
     peak = bound.total * chip.flops * len(topology.devices)
     return ProgramPlan(
         **of,
@@ -183,7 +232,7 @@ def model_flops(config: ModelConfig, program: Program) -> float:
         seen = 2.0 * passes * program.patches * config.vision.active_parameters
     if program.work == "encode":
         return seen
-    passes = {"update": 3, "forward": 1, "prefill": 1, "decode": 1, "sync": 0}[program.work]
+    passes = _PASSES[program.work]
     parameters = active_parameters(config)
     if program.work == "prefill":  # writes keys and values, and predicts nothing
         parameters -= config.vocab_size * config.hidden_size
@@ -205,7 +254,7 @@ def kernel_flops(config: ModelConfig, program: Program, kernels: Collection[str]
     if program.work == "encode":
         return 0.0
     flops, width = 0.0, config.moe_intermediate_size
-    backward = program.work == "update"
+    backward = _PASSES[program.work] == 3
     if any("splash" in name for name in kernels):
         flops += (3 if backward else 1) * _attention_flops(config, program.length)
     if any("ragged_dot" in name for name in kernels):

@@ -69,6 +69,14 @@ def network_shape(devices: Sequence[Device]) -> tuple[int, ...]:
     return tuple(max(along) + 1 for along in zip(*places, strict=True)) if places else ()
 
 
+def rings(chip: Chip, shape: Sequence[int]) -> list[bool]:
+    """Which dimensions of a slice's network are rings; the others are lines."""
+    wrap = [size % chip.wraps_at == 0 for size in shape]
+    # Networks of three dimensions are built of cubes: a slice that is not made of whole ones, as
+    # 2x4x4 is not, has no link around.
+    return [all(wrap)] * len(wrap) if chip.torus_axes == 3 else wrap
+
+
 def bandwidth(
     collective: Collective, chip: Chip, devices: Sequence[Device], shape: Sequence[int]
 ) -> float:
@@ -76,14 +84,19 @@ def bandwidth(
 
     Between slices it is that of the data centre's network. Within one, a group uses the dimensions
     of the network along which its members differ, each of them in both directions where it is a
-    ring.
+    ring and they are on all of it.
     """
     members = [devices[number] for number in collective.group]
     if len({getattr(device, "slice_index", None) for device in members}) > 1:
         return chip.network_bandwidth
     places = [_place(device) for device in members]
-    along = [axis for axis in range(len(shape)) if len({place[axis] for place in places}) > 1]
-    directions = sum(2 if shape[axis] % chip.wraps_at == 0 else 1 for axis in along)
+    reach = [len({place[axis] for place in places}) for axis in range(len(shape))]
+    wraps = rings(chip, shape)
+    directions = sum(
+        2 if wrap and met == size else 1
+        for wrap, met, size in zip(wraps, reach, shape, strict=True)
+        if met > 1
+    )
     if collective.kind == "collective-permute":
         directions = 1  # to one neighbour
     return chip.link_bandwidth * max(directions, 1)

@@ -1,9 +1,10 @@
-"""Other meshes, remat policies and microbatches of a run: which of them fit, and which is fastest.
+"""Other meshes, remat policies and batches at once of a run: which of them fit, and are fastest.
 
 One after the other: first the mesh, then on the best one what the backward pass computes again,
-then into how many microbatches an update is cut. Every trial compiles the programs of its stages,
-so their number has a limit; meshes that cannot hold the parameters and their optimiser state, and
-those over which something does not divide, cost none.
+then into how many microbatches an update is cut, and how many completions are sampled at once. How
+many rows a step has stays as it is, since what is learned follows from it. Every trial compiles the
+programs of its stages, so their number has a limit; meshes that cannot hold the parameters and
+their optimiser state, and those over which something does not divide, cost none.
 """
 
 import dataclasses
@@ -36,6 +37,9 @@ class Trial:
     """One choice, and what it leads to."""
 
     changes: Changes
+    mesh: Mapping[str, int]
+    """Sizes by axis."""
+    remat: str
     stages: Sequence[StagePlan]
     memory: float
     """Bytes of a chip at the fullest moment of all stages."""
@@ -50,6 +54,12 @@ class Trial:
     def seconds(self) -> float:
         """Of a step of each stage, added up; a bound."""
         return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def is_full_sampling(self) -> bool:
+        """Whether the fullest moment of all stages is one of sampling."""
+        fullest = max((stage.fullest for stage in self.stages), key=lambda p: p.memory.total)
+        return fullest.work in ("prefill", "decode")
 
     @property
     def rank(self) -> tuple[bool, float, float]:
@@ -78,10 +88,14 @@ def search(
         say: receives a line about each.
 
     Raises:
-        InputError: a mistake in the configuration, or no mesh has room for the parameters.
+        InputError: a mistake in the configuration, `most` below 1, no mesh has room for the
+            parameters, or every one was left out for another reason.
     """
+    if most < 1:
+        raise InputError(f"most={most} must be 1 or more: the most choices that are compiled")
     config = load_described(path, overrides)
     tried: dict[tuple[tuple[str, Any], ...], Trial] = {}
+    refused: list[InputError] = []
 
     def attempt(changes: Changes) -> None:
         key = tuple(sorted(changes.items()))
@@ -90,26 +104,40 @@ def search(
         words = [f"{path}={value}" for path, value in changes.items()]
         try:
             context = Context.describe(load_described(path, [*overrides, *words]), topology.devices)
-            stages = plan_stages(context, topology, names=names)
+            chosen = [stage.name for stage in stages_of(context)] if names is None else names
+            stages = plan_stages(context, topology, names=chosen)
         except InputError as error:
             say(f"left out {' '.join(words)}: {error}")
+            refused.append(error)
             return
         memory = max(stage.memory for stage in stages)
         fits = memory <= topology.chip.memory
-        tried[key] = Trial(changes=changes, stages=stages, memory=memory, fits=fits)
+        tried[key] = Trial(
+            changes=changes,
+            mesh=dict(context.mesh.shape),
+            remat=context.model.config.remat,
+            stages=stages,
+            memory=memory,
+            fits=fits,
+        )
         say(f"tried {len(tried)} of at most {most}: {' '.join(words)}")
 
     for mesh in _meshes(config, path, overrides, topology):
         attempt(mesh)
         if len(tried) >= max(1, most // 2):  # the others are for what follows
             break
+    if not tried and refused:
+        raise InputError(f"every mesh was left out; the last because {refused[-1]}")
     if not tried:
         raise InputError(
             f"no mesh of {len(topology.devices)} chips holds the parameters and the optimiser's "
             "state; take a larger slice, an adapter (model.lora) or a smaller model"
         )
-    for options_of in (_remats, _splits):
+    for options_of in (_rows_at_once, _remats, _splits, _rows_at_once):
         best = min(tried.values(), key=lambda trial: trial.rank)
+        # Where nothing fits, what is not full needs no room.
+        if not best.fits and best.is_full_sampling != (options_of is _rows_at_once):
+            continue
         for option in options_of(config, names, len(topology.devices), fits=best.fits):
             attempt({**best.changes, **option})
     return sorted(tried.values(), key=lambda trial: trial.rank)
@@ -179,3 +207,26 @@ def _split(config: RunConfig, names: Sequence[str] | None, devices: int, split: 
         elif hasattr(stage, "gradient_accumulation_steps"):
             changes[f"stages.{name}.gradient_accumulation_steps"] = split
     return changes
+
+
+def _rows_at_once(
+    config: RunConfig, names: Sequence[str] | None, devices: int, *, fits: bool
+) -> list[Changes]:
+    """How many completions of a step may be decoded at once: where nothing fits, the fewest first.
+
+    Where something fits, all of a step: fewer read the parameters more often for as many tokens.
+    """
+    options = []
+    for share in (1,) if fits else (8, 4, 2):
+        changes: dict[str, Any] = {}
+        for name, stage in config.stages.items():
+            if not isinstance(stage, PolicyConfig) or (names is not None and name not in names):
+                continue
+            every = stage.prompts_per_step * stage.num_generations
+            present = min(stage.max_num_seqs or every, every)
+            rows = every if fits else max(present // share, stage.num_generations)
+            if rows != present:
+                changes[f"stages.{name}.max_num_seqs"] = rows
+        if changes and changes not in options:
+            options.append(changes)
+    return options

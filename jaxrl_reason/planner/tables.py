@@ -7,28 +7,36 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from jaxrl_reason.planner.plan import ProgramPlan, StagePlan
+from jaxrl_reason.planner.plan import EVALUATION, ProgramPlan, StagePlan
 from jaxrl_reason.planner.search import Trial
 from jaxrl_reason.planner.topology import Topology
 
 
 def headline(stage: StagePlan, topology: Topology) -> str:
     """Whether a stage fits, and how long a step takes at least."""
-    chips, limit = len(topology.devices), topology.chip.memory
+    limit = topology.chip.memory
     spare = limit - stage.memory
     fits = f"fits, {_size(spare)} to spare" if spare >= 0 else f"DOES NOT FIT by {_size(-spare)}"
-    text = f"{stage.name} ({stage.kind}): {_size(stage.memory)} of {_size(limit)} a chip, {fits}"
+    is_evaluation = stage.kind == EVALUATION
+    title = stage.name if is_evaluation else f"{stage.name} ({stage.kind})"
+    text = f"{title}: {_size(stage.memory)} of {_size(limit)} a chip, {fits}"
     if not math.isfinite(stage.seconds):
         return text
-    text += f"; a step takes {_seconds(stage.seconds)} or more"
-    if not stage.tokens:  # nothing is updated
-        return text
-    return f"{text}, {stage.tokens / stage.seconds / chips:,.0f} tokens/s a chip"
+    text += f"; {'one' if is_evaluation else 'a step'} takes {_seconds(stage.seconds)} or more"
+    rate = _rate(stage, topology)
+    return text if rate is None else f"{text}, {rate:,.0f} tokens/s a chip"
+
+
+def _rate(stage: StagePlan, topology: Topology) -> float | None:
+    """Tokens a second and chip that a stage updates on at most; None where it updates nothing."""
+    if not stage.tokens or not math.isfinite(stage.seconds):
+        return None
+    return stage.tokens / stage.seconds / len(topology.devices)
 
 
 def memory_table(stages: Sequence[StagePlan]) -> Table:
     """What fills a chip's memory at the fullest moment of each stage."""
-    fullest = [max(stage.programs, key=lambda p: p.memory.total) for stage in stages]
+    fullest = [stage.fullest for stage in stages]
     names = list(dict.fromkeys(name for p in fullest for name in p.memory.arrays))
     table = _table("stage", "fullest in", left=2)
     for name in (*names, "activations", "total"):
@@ -53,6 +61,7 @@ def program_table(stage: StagePlan) -> Table:
         "least",
         "limit",
         "MFU",
+        "compiled in",
     ):
         table.add_column(header, justify="right", no_wrap=True)
     for program in stage.programs:
@@ -64,8 +73,9 @@ def program_cells(program: ProgramPlan) -> list[str]:
     """The cells of a program in that table."""
     often = f"{program.per_step:.3g}"
     head = [program.name, often, _size(program.memory.total)]
+    compiled = f"{program.compile_seconds:.1f} s"
     if program.cost is None or program.times is None:
-        return [*head, *["-"] * 6]
+        return [*head, *["-"] * 6, compiled]
     mfu = "-" if not program.mfu else f"{program.mfu:.0%}"
     return [
         *head,
@@ -75,6 +85,7 @@ def program_cells(program: ProgramPlan) -> list[str]:
         _seconds(program.times.total),
         program.times.limit,
         mfu,
+        compiled,
     ]
 
 
@@ -131,11 +142,41 @@ def notes(stages: Sequence[StagePlan]) -> list[str]:
     names = [name for cost in costs for name in cost.kernels]
     if any(kernel in name for kernel in ("splash", "ragged_dot") for name in names):
         found.append("Products inside of kernels (attention, experts) are those of theory.")
+    for path in sorted({path for stage in stages for path in stage.missing_judges}):
+        found.append(
+            f"The judge at {path} is not here and was not planned: its parameters and a cache "
+            "are on the chips too."
+        )
     return found
 
 
 def as_json(stages: Sequence[StagePlan], topology: Topology) -> dict[str, Any]:
     """The plan as JSON values, per chip, in bytes, seconds and FLOP."""
+    return _described(topology) | {"stages": [_stage(stage, topology) for stage in stages]}
+
+
+def search_json(trials: Sequence[Trial], topology: Topology) -> dict[str, Any]:
+    """The choices of a search as JSON values, the best first, each with its plan."""
+    return _described(topology) | {"candidates": [_trial(trial, topology) for trial in trials]}
+
+
+def _trial(trial: Trial, topology: Topology) -> dict[str, Any]:
+    mfu = {s.name: p.mfu for s in trial.stages for p in s.programs if p.work == "update"}
+    return {
+        "overrides": trial.overrides,
+        "mesh": dict(trial.mesh),
+        "remat": trial.remat,
+        "microbatches": {s.name: s.microbatches for s in trial.stages if s.microbatches},
+        "rows_sampled": {s.name: s.rows_sampled for s in trial.stages if s.rows_sampled},
+        "fits": trial.fits,
+        "memory": trial.memory,
+        "seconds": trial.seconds if math.isfinite(trial.seconds) else None,
+        "mfu": mfu,
+        "stages": [_stage(stage, topology) for stage in trial.stages],
+    }
+
+
+def _described(topology: Topology) -> dict[str, Any]:
     chip = topology.chip
     return {
         "topology": topology.name,
@@ -148,7 +189,6 @@ def as_json(stages: Sequence[StagePlan], topology: Topology) -> dict[str, Any]:
             "link_bandwidth": chip.link_bandwidth,
             "source": chip.source,
         },
-        "stages": [_stage(stage, topology) for stage in stages],
     }
 
 
@@ -160,6 +200,8 @@ def _stage(stage: StagePlan, topology: Topology) -> dict[str, Any]:
         "memory": stage.memory,
         "seconds": stage.seconds if math.isfinite(stage.seconds) else None,
         "tokens": stage.tokens,
+        "tokens_per_second_per_chip": _rate(stage, topology),
+        "compile_seconds": sum(program.compile_seconds for program in stage.programs),
         "steps": stage.steps,
         "hours": stage.hours if math.isfinite(stage.hours) else None,
         "programs": [_program(program) for program in stage.programs],

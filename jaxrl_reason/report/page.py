@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxrl_reason import files
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.report.completions import show_sample, show_text
 from jaxrl_reason.report.examples import (
@@ -51,7 +52,8 @@ def write_report(
         The file.
 
     Raises:
-        InputError: no such run, a damaged file in it, or `out` cannot be written.
+        InputError: no such run, a damaged file in it, or one cannot write to `out`.
+        StorageError: storage refuses it.
     """
     if examples < 0:
         raise InputError(f"examples={examples} must be 0 or more")
@@ -59,12 +61,8 @@ def write_report(
     run = read_run(folder)
     pictures = _pictures(run) if plots is None else {p.name: p.read_bytes() for p in plots}
     page = report_page(run, pictures, examples)
-    unfinished = out.with_name(f".{out.name}.unfinished")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}; choose another file") from error
+    with files.chosen(out, "choose another file"):
+        files.replace(out, page)
     return out
 
 

@@ -24,6 +24,7 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from jaxrl_reason import files
 from jaxrl_reason.metrics import read_metrics
 from jaxrl_reason.report.run_folder import evaluations
 
@@ -100,7 +101,8 @@ def make_plots(
     measured = evaluations(run_dir, [name for name, _ in stages])
     images = draw_plots(curves, measured, pareto)
     for name, image in images.items():
-        (run_dir / name).write_bytes(image)
+        with files.chosen(run_dir / name, "let the folder be written to"):
+            (run_dir / name).write_bytes(image)
     return [run_dir / name for name in images]
 
 

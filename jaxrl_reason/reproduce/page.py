@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrl_reason.errors import InputError
+from jaxrl_reason import files
 from jaxrl_reason.reproduce.experiment import SCALES, Experiment
 from jaxrl_reason.reproduce.markdown import block, code
 from jaxrl_reason.reproduce.page_tables import (
@@ -40,21 +40,18 @@ def write_page(path: Path, sections: Sequence[Section]) -> list[Path]:
 
     Raises:
         InputError: nothing can be written there.
+        StorageError: storage refuses it.
     """
     folder = path.with_suffix("")
     plots = {}
     sections = sorted(sections, key=lambda section: SCALES.index(section.experiment.scale))
-    try:
+    with files.chosen(path, "choose another --results-dir"):
         folder.mkdir(parents=True, exist_ok=True)
         for section in sections:
             found = write_plots(section, folder) | write_pareto(section, folder)
             plots[section.experiment.scale] = found
         text = page_text(sections, plots, path)
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}; choose another --results-dir"
-        ) from error
     return [path, *(plot for found in plots.values() for plot in found.values())]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jaxrl_reason import __version__
+from jaxrl_reason import __version__, files
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.reproduce import budget
 from jaxrl_reason.reproduce.claims import Verdict, claim_verdicts
@@ -115,16 +115,15 @@ class Results:
         return verdicts
 
     def write(self) -> None:
-        """Write the file, whole or not at all."""
-        try:
+        """Write the file, whole or not at all.
+
+        Raises:
+            InputError: nothing can be written there.
+            StorageError: storage refuses it.
+        """
+        with files.chosen(self.path, "choose another --results-dir"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_name(f".{self.path.name}")
-            temporary.write_text(_lines(rounded(self._data)) + "\n", encoding="utf-8")
-            temporary.replace(self.path)
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.path}: {error.strerror}; choose another --results-dir"
-            ) from error
+            files.replace(self.path, _lines(rounded(self._data)) + "\n")
 
 
 def read_results(path: Path) -> dict[str, Any] | None:

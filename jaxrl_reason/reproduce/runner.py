@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from jaxrl_reason.errors import InputError
+from jaxrl_reason import files
+from jaxrl_reason.errors import InputError, StorageError
 from jaxrl_reason.reproduce.experiment import Experiment
 from jaxrl_reason.reproduce.records import examples, rounded, stage_record
 from jaxrl_reason.reproduce.results import provenance
@@ -50,6 +51,7 @@ def run_seed(
 
     Raises:
         InputError: as `pipeline.run`.
+        StorageError: as well.
     """
     run = experiment.run_of(seed, stages, output_dir)
     rows = pipeline.run(run, say=say)
@@ -65,7 +67,8 @@ def run_seed(
     if first.stage in stages:
         before = experiment.config.run.stages[first.stage].parent
         entry["examples"] = {arm: examples(folder, before, first.stage)}
-    (folder / _RECORD).write_text(json.dumps(rounded(entry)) + "\n", encoding="utf-8")
+    with files.storing(folder / _RECORD):
+        files.replace(folder / _RECORD, json.dumps(rounded(entry)) + "\n")
     return entry
 
 
@@ -96,8 +99,9 @@ def run_here(
         say(f"seed {seed}")
         try:
             entry = run_seed(experiment, seed, stages, output_dir, say)
-        except InputError as error:
-            failures.append(Failure(seed=seed, message=str(error), was_refused=True))
+        except (InputError, StorageError) as error:
+            refused = isinstance(error, InputError)
+            failures.append(Failure(seed=seed, message=str(error), was_refused=refused))
         except Exception:  # of a stage, a reward or a builder: the other seeds may still do
             tail = traceback.format_exc().splitlines()[-_TAIL:]
             failures.append(Failure(seed=seed, message="\n".join(tail), was_refused=False))

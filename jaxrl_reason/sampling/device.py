@@ -1,5 +1,6 @@
 """The device's side of sampling: sizes, compiled programs, and where arrays lie on the mesh."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -51,6 +52,8 @@ class Device:
     """Most tokens of a prompt that stand for images and videos; 0: prompts are text alone."""
     detokenize: Callable[[Sequence[int]], str] | None = None
     """Tokens to text; needed for stop strings only."""
+    compiling: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    """A context in which a program is compiled that nobody has compiled before."""
 
     def __post_init__(self):
         if self.page_size == 0:
@@ -69,7 +72,8 @@ class Device:
     @functools.cached_property
     def programs(self) -> Programs:
         """The compiled programs, counted."""
-        return Programs((self.model, self.mesh, self._options, self.page_size, self.pages_per_row))
+        of = (self.model, self.mesh, self._options, self.page_size, self.pages_per_row)
+        return Programs(of, self.compiling)
 
     @property
     def _options(self) -> DecodeOptions:

@@ -1,5 +1,6 @@
 """The closed set of array sizes that the engine compiles for, and the compiled programs."""
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -111,8 +112,13 @@ class Programs:
     _compiled: ClassVar[OrderedDict[Hashable, jax.stages.Compiled]] = OrderedDict()
     _capacity = 128
 
-    def __init__(self, prefix: Hashable):
-        self._prefix = prefix
+    def __init__(
+        self,
+        prefix: Hashable,
+        within: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
+        """Programs of a prefix, each compiled within a context."""
+        self._prefix, self._within = prefix, within
         self.compiled = 0
         """Programs that had to be compiled."""
         self.seconds = 0.0
@@ -131,7 +137,8 @@ class Programs:
         program = self._compiled.get(whole)
         if program is None:
             began = time.monotonic()
-            program = self._compiled[whole] = lower().compile()
+            with self._within():
+                program = self._compiled[whole] = lower().compile()
             took = time.monotonic() - began
             self.compiled += 1
             self.seconds += took

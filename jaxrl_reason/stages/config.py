@@ -172,8 +172,12 @@ class RunConfig(Config):
     """Decode steps between two looks of the host at what is finished."""
     step_timeout: Annotated[float, Field(gt=0)] | None = None
     """Seconds after which a step that still runs ends the process, with the stacks of all threads
-    and exit code 1, so that a launcher starts it again. The first step of a start, which compiles,
-    has ten times as long. Null: never."""
+    and exit code 1, so that a launcher starts it again. Sampling for an evaluation, rejection or
+    pairs has as long for each look of the host at what is finished, and the log-probs of DPO's
+    reference for each batch. Ten times as long have the first step of a start, the first such look
+    or batch, a program of sampling that is compiled, a checkpoint that is read or waited for, and
+    the rewards of an evaluation. A function of your own that makes data has no limit. Null:
+    never."""
     nonfinite_limit: Positive = 10
     """Updates in a row whose loss or gradient is not finite, and which are skipped, after which a
     stage ends. The last one's batch is then in its folder."""

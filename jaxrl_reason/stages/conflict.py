@@ -29,6 +29,10 @@ class Conflict:
     """Looks at the gradients of a stage every `conflict_steps` steps.
 
     Without the KL term, which is no objective.
+
+    Attributes:
+        gradient_of: compiled, `(params, batch)` to the gradient of what is trained.
+        gram_of: compiled, of some gradients the products of each with each.
     """
 
     def __init__(self, stage: Stage):
@@ -48,8 +52,8 @@ class Conflict:
             jitted = jax.jit(lambda params, batch: gradient_of(params, number, batch)[1])
             return OnMesh(jitted, context.mesh)
 
-        self._gradient_of = context.shared.get(make, "policy_gradient", options)
-        self._gram_of = jax.jit(
+        self.gradient_of = context.shared.get(make, "policy_gradient", options)
+        self.gram_of = jax.jit(
             lambda *trees: gram_matrix(jax.tree.map(_stacked, *trees)),
             out_shardings=replicated(context.mesh),
         )
@@ -64,8 +68,8 @@ class Conflict:
         gradients = []
         for vector in [*vectors, advantages]:
             placed, _ = self._rows.place(batch.rollout, vector, batch.counts, batch.sights)
-            gradients.append(self._gradient_of(params, placed))
-        return agreement(np.asarray(self._gram_of(*gradients), np.float64))
+            gradients.append(self.gradient_of(params, placed))
+        return agreement(np.asarray(self.gram_of(*gradients), np.float64))
 
 
 def objective_vectors(rewards: np.ndarray, mask: np.ndarray, size: int) -> np.ndarray:
@@ -103,7 +107,8 @@ def agreement(gram: np.ndarray) -> dict[str, float]:
     if live.sum() > 1:
         scaled = theirs[np.ix_(live, live)] / np.outer(lengths[:-1][live], lengths[:-1][live])
         found["least_cosine"] = scaled.min()
-    return {f"objectives/{name}": float(value) for name, value in found.items()}
+    # All are cosines, which rounding may carry beyond 1.
+    return {f"objectives/{name}": float(np.clip(value, -1, 1)) for name, value in found.items()}
 
 
 def _stacked(*leaves: jax.Array) -> jax.Array:

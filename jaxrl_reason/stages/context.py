@@ -16,8 +16,9 @@ from jaxtyping import Key
 from jaxrl_reason import __version__, checkpoint, processes
 from jaxrl_reason.config import hash_json, to_json
 from jaxrl_reason.data import chat
-from jaxrl_reason.data.batching import Example, epoch_order
+from jaxrl_reason.data.batching import epoch_order
 from jaxrl_reason.data.examples import RowEncoder
+from jaxrl_reason.data.loading import Facts
 from jaxrl_reason.data.tokenizer import (
     PreTrainedTokenizerFast,
     build_tokenizer,
@@ -30,6 +31,7 @@ from jaxrl_reason.models.lora import ADAPTER
 from jaxrl_reason.sampling import Engine, SamplingConfig, Shown
 from jaxrl_reason.sharding import batch_multiple, make_mesh, tree_shardings
 from jaxrl_reason.stages.config import RunConfig, StageConfig, problems_of
+from jaxrl_reason.stages.deadline import COMPILING, compiling, deadline
 from jaxrl_reason.stages.encoding import Encoder, Prompt
 from jaxrl_reason.stages.eyes import Eyes
 from jaxrl_reason.stages.policy_rows import Sight
@@ -161,11 +163,11 @@ class Context:
         vision = self.model.config.vision
         return 1 if vision is None else vision.merge_unit
 
-    def patches_of(self, *rows: Iterable[Example]) -> int | None:
+    def patches_of(self, *rows: Iterable[Facts]) -> int | None:
         """Patches that a row must have room for, of rows of examples; None for a model of text."""
         if self.encoder.vision is None:
             return None
-        most = max(sum(example.num_patches for example in row) for row in rows)
+        most = max(sum(fact.num_patches for fact in row) for row in rows)
         unit = self.patches_per_token * _PATCH_MULTIPLE
         return -(-max(most, 1) // unit) * unit
 
@@ -203,6 +205,15 @@ class Context:
         """Shapes with shardings: what a checkpoint is restored into."""
         of = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         return jax.tree.map(of, self.params_shapes, self.params_shardings)
+
+    def restore_params(self, path: str | Path) -> Params:
+        """The parameters of a checkpoint, within ten times the run's `step_timeout`.
+
+        Raises:
+            InputError: as `checkpoint.restore_params` does.
+        """
+        with deadline(self.config.step_timeout, times=COMPILING):
+            return checkpoint.restore_params(path, self.params_like)
 
     @functools.cached_property
     def root(self) -> dict[str, Any]:
@@ -266,6 +277,7 @@ class Context:
             steps_per_dispatch=self.config.steps_per_dispatch,
             visual_tokens=self.visual_tokens,
             detokenize=lambda ids: chat.decode(self.tokenizer, ids, self.stop_ids),
+            compiling=compiling,
         )
 
     def prompts(self, problems: Sequence[Problem]) -> list[Prompt]:
@@ -375,7 +387,7 @@ class Stage:
 
     def parent_params(self) -> Params:
         """The parameters that the stage starts from; also the reference of its losses."""
-        return checkpoint.restore_params(self.parent, self.context.params_like)
+        return self.context.restore_params(self.parent)
 
     def check_rows(self, option: str, rows: int, *, microbatches: int = 1) -> None:
         """Refuse a number of rows that does not divide into microbatches over the mesh.

@@ -6,29 +6,34 @@ file, from an earlier stage, from a function, or from the parent's own samples: 
 the verifier accepts against one that it rejects.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxrl_reason.config import hash_json
-from jaxrl_reason.data.batching import fill_rows, step_indices
-from jaxrl_reason.data.records import load_records, write_jsonl
+from jaxrl_reason import files
+from jaxrl_reason.data.batching import Batch, Example, fill_rows
+from jaxrl_reason.data.loading import Examples, Maker, read_batches
+from jaxrl_reason.data.records import load_records
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.processes import from_first
 from jaxrl_reason.sharding import (
     OnMesh,
     batch_multiple,
     compiler_options,
+    own_rows,
     place_batch,
     replicated,
 )
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import FileData, SampledPairs
+from jaxrl_reason.stages.deadline import COMPILING, deadline, progress
 from jaxrl_reason.stages.encoding import file_records
 from jaxrl_reason.stages.groups import sample_groups
-from jaxrl_reason.stages.made_rows import Made, Pair, made_rows, pair_of
-from jaxrl_reason.stages.placed_rows import place_rows
+from jaxrl_reason.stages.made_rows import Made, made_rows, pair_maker
+from jaxrl_reason.stages.placed_rows import StepRows
 from jaxrl_reason.stages.stage_config import DPOConfig
 from jaxrl_reason.stages.training import (
     StepResult,
@@ -44,6 +49,9 @@ from jaxrl_reason.steps import (
     pair_logprobs,
 )
 
+Pair = tuple[Example, ...]
+"""The chosen and the rejected completion of a prompt."""
+
 _ROW_MULTIPLE = 16
 
 
@@ -54,28 +62,32 @@ def run_dpo(stage: Stage) -> None:
     stage.check_rows("batch_size", config.batch_size, microbatches=count)
     pairs = preference_pairs(stage)
     length = row_length(stage, pairs)
-    num_patches = stage.context.patches_of(*([example] for pair in pairs for example in pair))
+    num_patches = stage.context.patches_of(*([fact] for pair in pairs.facts for fact in pair))
     reference = None
     if needs_reference(config.loss_type):
         reference = reference_logprobs(stage, pairs, length, num_patches)
     optimizer = stage_optimizer(stage)
     update = preference_update(stage)
 
-    def fill(numbers):
-        batch = pair_rows(stage, [pairs[i] for i in numbers], length, num_patches)
-        return batch if reference is None else batch | {"ref_logprobs": reference[numbers]}
+    def fill(rows: Sequence[tuple[int, Pair]]) -> Batch:
+        batch = pair_rows(stage, [pair for _, pair in rows], length, num_patches)
+        if reference is None:
+            return batch
+        return batch | {"ref_logprobs": reference[[number for number, _ in rows]]}
+
+    begin = resume(stage, optimizer, data_hash=pairs.hash)
+    rows = StepRows(stage.context.mesh, stage.seed, len(pairs), config.batch_size, count)
+    steps = range(begin.step, config.steps)
+    batches = rows.read(lambda number: (number, pairs[number]), fill, steps)
 
     def one_step(state, step):
-        chosen = step_indices(stage.seed, step, size=len(pairs), batch_size=config.batch_size)
-        placed = place_rows(stage.context.mesh, chosen, fill, count)
+        placed = rows.place(next(batches))
         state, metrics = update(state, placed.batch)
         told = {"padding_share": placed.padding_share}
         return StepResult(state, [metrics], told, placed.num_tokens, placed.counted, placed.batch)
 
     show = ("loss", "rewards/accuracies", "rewards/margins")
-    data_hash = hash_json([[example.identity for example in pair] for pair in pairs])
-    begin = resume(stage, optimizer, data_hash=data_hash)
-    train(stage, begin, one_step, show=show, data_hash=data_hash)
+    train(stage, begin, one_step, show=show, data_hash=pairs.hash)
 
 
 def preference_update(stage: Stage) -> Step:
@@ -92,38 +104,22 @@ def preference_update(stage: Stage) -> Step:
     )
 
 
-def preference_pairs(stage: Stage) -> list[Pair]:
-    """Token ids of every pair; sampled ones are written to a file and read back on resume.
+def preference_pairs(stage: Stage) -> Examples:
+    """The chosen and the rejected example of every pair; sampled pairs are written to a file.
 
     Raises:
         InputError: a malformed or over-long row, by file and line; or no pair at all.
     """
     config: DPOConfig = stage.config
     if isinstance(config.data, FileData):
+        encode = stage.context.encoder.preference
         records = file_records(config.data)
-        found = [(r.check(lambda row: encode_pair(stage, row)), r.where) for r in records]
+        makers = [Maker(functools.partial(r.check, encode), r.where) for r in records]
     else:
         sampled = isinstance(config.data, SampledPairs)
         rows = _sampled_rows(stage) if sampled else made_rows(stage, "pairs")
-        found = [(pair_of(stage, made), made.where) for made in rows]
-    for pair, where in found:
-        longest = max(example.size for example in pair)
-        if longest > config.max_length:
-            raise InputError(
-                f"{where}: prompt and completion have {longest} tokens; "
-                f"stages.{stage.name}.max_length={config.max_length} is the most"
-            )
-    return [pair for pair, _ in found]
-
-
-def encode_pair(stage: Stage, row: dict[str, Any]) -> Pair:
-    """Token ids of the texts of a file's row."""
-    encoder = stage.context.encoder
-    chosen, rejected = encoder.preference(row)
-    return (
-        encoder.later(chosen, lambda: encoder.preference(row)[0]),
-        encoder.later(rejected, lambda: encoder.preference(row)[1]),
-    )
+        makers = [pair_maker(stage, made) for made in rows]
+    return Examples(makers, config.max_length, option=f"stages.{stage.name}.max_length")
 
 
 def _sampled_rows(stage: Stage) -> list[Made]:
@@ -131,7 +127,7 @@ def _sampled_rows(stage: Stage) -> list[Made]:
     path = stage.directory / f"pairs-{stage.hash}.jsonl"
     if not from_first(path.exists):
         rows = sampled_pairs(stage)
-        from_first(lambda: write_jsonl(path, rows))
+        from_first(lambda: files.write_jsonl(path, rows))
     problems = stage.problems(0, stage.config.data.num_prompts)
     return [Made(problems[r.row["problem"]], r.row, r.where) for r in load_records(path)]
 
@@ -174,9 +170,9 @@ def sampled_pairs(stage: Stage) -> list[dict[str, Any]]:
     return rows
 
 
-def row_length(stage: Stage, pairs: list[Pair]) -> int:
+def row_length(stage: Stage, pairs: Examples) -> int:
     """Tokens of a row: the longest of the data, rounded up, so that no row is mostly padding."""
-    longest = max(example.size for pair in pairs for example in pair)
+    longest = max(fact.size for pair in pairs.facts for fact in pair)
     return min(-(-longest // _ROW_MULTIPLE) * _ROW_MULTIPLE, stage.config.max_length)
 
 
@@ -203,25 +199,29 @@ def reference_rows(stage: Stage) -> int:
 
 
 def reference_logprobs(
-    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None = None
+    stage: Stage, pairs: Sequence[Pair], length: int, num_patches: int | None = None
 ) -> np.ndarray:
     """Sequence log-probs [pairs, 2] of every pair under the parent."""
-    context = stage.context
-    params = stage.parent_params()
-
-    compute = pair_program(stage)
-    size = reference_rows(stage)
+    mesh, params = stage.context.mesh, stage.parent_params()
+    compute, size = pair_program(stage), reference_rows(stage)
+    parts = -(-len(pairs) // size)
+    batches = read_batches(
+        # One shape for all: the last part is filled up with the last pair.
+        lambda part, number: pairs[min(part * size + number, len(pairs) - 1)],
+        lambda rows: pair_rows(stage, rows, length, num_patches),
+        steps=range(parts),
+        numbers=own_rows(mesh, size).tolist(),
+    )
     results = []
-    for start in range(0, len(pairs), size):
-        part = pairs[start : start + size]
-        # One shape for all: the last part is filled up with copies of its first pair.
-        batch = pair_rows(stage, part + part[:1] * (size - len(part)), length, num_patches)
-        results.append(np.asarray(compute(params, place_batch(batch, context.mesh)))[: len(part)])
-    return np.concatenate(results)
+    with deadline(stage.context.config.step_timeout, before_progress=COMPILING):
+        for batch in batches:
+            results.append(np.asarray(compute(params, place_batch(batch, mesh, rows=size))))
+            progress()
+    return np.concatenate(results)[: len(pairs)]
 
 
 def pair_rows(
-    stage: Stage, pairs: list[Pair], length: int, num_patches: int | None = None
+    stage: Stage, pairs: Sequence[Pair], length: int, num_patches: int | None = None
 ) -> dict[str, np.ndarray]:
     """Arrays [pairs, 2, T, ...], the chosen completion first."""
     flat = [[example] for pair in pairs for example in pair]

@@ -5,10 +5,11 @@ or video has features, and every example says what it shows.
 """
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxrl_reason.data.batching import Example, ShownLater
+from jaxrl_reason.data.batching import Example
 from jaxrl_reason.data.chat import Message, Turns, as_messages, encode_begin
 from jaxrl_reason.data.examples import RowEncoder, media
 from jaxrl_reason.data.groups import continued
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from jaxrl_reason.stages.config import RunConfig
 
 Row = Mapping[str, Any]
+
+_TOKENIZING = threading.RLock()
+"""Rows are made in several threads, and a tokenizer is for one at a time."""
 
 
 class Prompt(NamedTuple):
@@ -121,12 +125,6 @@ class Encoder:
         sides = {"chosen": chosen, "rejected": rejected}
         return self.preference(self._asked(problem, prompt) | sides)
 
-    def later(self, example: Example, again: Callable[[], Example]) -> Example:
-        """An example whose images are read again when they are needed; `again` gives it anew."""
-        if example.shown is None:
-            return example
-        return example._replace(shown=ShownLater.of(example.shown, lambda: again().shown))
-
     def prompt(self, row: Row) -> list[int]:
         """Token ids of a row's prompt."""
         return self._prompt(row).tokens
@@ -147,7 +145,9 @@ class Encoder:
         column = "messages" if "messages" in row else "prompt"
         seen = self._see(row)
         examples = []
-        for encoded in self.rows.supervised(self._with_system(row, column)):
+        with _TOKENIZING:
+            sequences = self.rows.supervised(self._with_system(row, column))
+        for encoded in sequences:
             ids, sources, shown = self._expand(encoded.ids, seen)
             mask = [encoded.mask[i] for i in sources]
             first = mask.index(True)
@@ -166,12 +166,15 @@ class Encoder:
             begin = sum(i < len(prompt) for i in sources)
             return Example(ids[:begin], ids[begin:], shown=shown)
 
-        chosen, rejected = self.rows.preference(row)
+        with _TOKENIZING:
+            chosen, rejected = self.rows.preference(row)
         return example(*chosen), example(*rejected)
 
     def _prompt(self, row: Row) -> Prompt:
         seen = self._see(row)
-        ids, _, shown = self._expand(self.rows.prompt(self._with_system(row, "prompt")), seen)
+        with _TOKENIZING:
+            prompt = self.rows.prompt(self._with_system(row, "prompt"))
+        ids, _, shown = self._expand(prompt, seen)
         return Prompt(ids, shown)
 
     def _see(self, row: Row) -> tuple[list[Visual], list[Visual]]:
@@ -204,7 +207,12 @@ class Encoder:
     @property
     def _encode_text(self) -> Callable[[str], list[int]]:
         tokenizer = self.rows.tokenizer
-        return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        def encode(text: str) -> list[int]:
+            with _TOKENIZING:
+                return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        return encode
 
     def _row(self, problem: Problem) -> dict[str, Any]:
         """What `data.examples` reads of a problem; rows of a data set may have tools and turns."""

@@ -1,6 +1,6 @@
 """Accuracy on held-out problems, with its uncertainty, and the completions to look at."""
 
-import json
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxrl_reason import files
 from jaxrl_reason.config import to_json
-from jaxrl_reason.data.records import write_jsonl
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Params
 from jaxrl_reason.plugins import load_object
 from jaxrl_reason.processes import from_first
+from jaxrl_reason.rewards import Scores
 from jaxrl_reason.stages.config import EvaluationConfig, EvaluationSet, RunConfig
 from jaxrl_reason.stages.context import CHECKED, Context
+from jaxrl_reason.stages.deadline import COMPILING, deadline, progress
 from jaxrl_reason.stages.groups import sample_groups
 from jaxrl_reason.stages.judge import Judge, Read
 from jaxrl_reason.stages.policy_config import PolicyConfig
@@ -40,8 +42,18 @@ def evaluate(
     """
     sets = {"": EvaluationSet(), **config.sets}
     answers = {name: _answers(context, params, config, chosen) for name, chosen in sets.items()}
-    # Rewards and measures may ask others than this program, so one process does.
-    return from_first(lambda: _judged(context, config, answers))
+    # Of many more completions than those of a step.
+    limited = functools.partial(deadline, context.config.step_timeout, times=COMPILING)
+    reads, judges = [answer.read for answer in answers[""]], _judges(context)
+    with limited():
+        on_devices = [judge.score_on_devices(reads) for judge in judges]
+
+    def judged() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        with limited():
+            return _judged(config, answers, _rewards(judges, reads, on_devices))
+
+    # Other rewards and measures may ask others than this program, so one process does.
+    return from_first(judged)
 
 
 def check_evaluation(context: Context) -> None:
@@ -60,11 +72,12 @@ def check_evaluation(context: Context) -> None:
 
 
 def _judged(
-    context: Context, config: EvaluationConfig, answers: Mapping[str, "list[_Answer]"]
+    config: EvaluationConfig,
+    answers: Mapping[str, "list[_Answer]"],
+    rewards: Sequence[dict[str, float | None]],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result and the rows; of `answers`, those of the main set have no name."""
+    """The result and the rows; of `answers`, those of the main set have no name and rewards."""
     measures = {name: load_object(where, "measure") for name, where in config.measures.items()}
-    rewards = _rewards(context, [answer.read for answer in answers[""]])
     rows = [
         _row(answer, measures) | {"rewards": given}
         for answer, given in zip(answers[""], rewards, strict=True)
@@ -80,13 +93,15 @@ def _judged(
 
 def reward_table(config: RunConfig) -> dict[str, Any]:
     """What `evaluate` rewards completions with, as JSON."""
-    return {name: [to_json(r), longest] for name, (r, longest) in _configured(config).items()}
+    return {
+        name: [to_json(r), longest] for name, (r, longest) in configured_rewards(config).items()
+    }
 
 
-def _configured(config: RunConfig) -> dict[str, tuple[AnyReward, int]]:
-    """The rewards of all stages by name, with the longest completion of the stage.
+def configured_rewards(config: RunConfig) -> dict[str, tuple[AnyReward, int]]:
+    """The rewards of a run's evaluations by name, with the longest completion of their stage.
 
-    Of rewards with the same name that of the last stage counts.
+    They are those of all stages; of rewards with the same name that of the last stage counts.
     """
     return {
         reward_name(reward): (reward, stage.max_completion_length)
@@ -138,19 +153,29 @@ def _held_out(context: Context, config: EvaluationConfig, chosen: EvaluationSet)
     return problems
 
 
-def _rewards(context: Context, reads: Sequence[Read]) -> list[dict[str, float | None]]:
-    """Every reward of every completion by name; None where it does not apply."""
-    rows: list[dict[str, float | None]] = [{} for _ in reads]
-    configured = _configured(context.config)
-    for length in sorted({longest for _, longest in configured.values()}):
-        judge = Judge(
+def _judges(context: Context) -> list[Judge]:
+    """Of every reward of the run, those with the same longest completion together."""
+    configured = configured_rewards(context.config)
+    return [
+        Judge(
             context.tasks,
             context.tokenizer,
             [reward for reward, longest in configured.values() if longest == length],
             stop_ids=context.stop_ids,
             max_completion_length=length,
         )
-        rewards, mask = judge.score_alone(reads)
+        for length in sorted({longest for _, longest in configured.values()})
+    ]
+
+
+def _rewards(
+    judges: Sequence[Judge], reads: Sequence[Read], on_devices: Sequence[Scores]
+) -> list[dict[str, float | None]]:
+    """Every reward of every completion by name; None where it does not apply."""
+    rows: list[dict[str, float | None]] = [{} for _ in reads]
+    for judge, given in zip(judges, on_devices, strict=True):
+        rewards, mask = judge.score_alone(reads, given)
+        progress()
         for row, values, applies in zip(rows, rewards, mask, strict=True):
             named = zip(judge.names, values, applies, strict=True)
             row |= {name: float(value) if here else None for name, value, here in named}
@@ -205,20 +230,29 @@ def wilson_interval(successes: int, trials: int, *, z: float = 1.959964) -> tupl
 
 
 def write_samples(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    """Write the rows of `evaluate` as JSONL."""
-    write_jsonl(path, rows)
+    """Write the rows of `evaluate` as JSONL, to a file that a user has chosen.
+
+    Raises:
+        InputError: one cannot write there.
+        StorageError: storage refuses it.
+    """
+    with files.chosen(path, "choose another file"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, files.jsonl(rows))
 
 
 def write_evaluation(directory: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-    """Write `samples.jsonl`, then `eval.json`, each whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    write_jsonl(directory / "samples.jsonl", rows)
-    temporary = directory / ".eval.json"
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / "eval.json")
+    """Write `samples.jsonl`, then `eval.json`, each whole or not at all.
+
+    Raises:
+        StorageError: storage refuses one of them.
+    """
+    files.write_jsonl(directory / "samples.jsonl", rows)
+    files.write_json(directory / "eval.json", result)
 
 
 def _row(answer: _Answer, measures: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    progress()
     read = answer.read
     problem, verdict, length = read.problem, read.verdict, len(read.ids)
     return {

@@ -9,6 +9,7 @@ from jaxrl_reason.models import Params
 from jaxrl_reason.sampling import Completion, SamplingConfig, Session, group_requests
 from jaxrl_reason.sharding import batch_multiple
 from jaxrl_reason.stages.context import Context
+from jaxrl_reason.stages.deadline import COMPILING, deadline, progress
 from jaxrl_reason.tasks import Problem, Verdict
 
 GROUP_ROWS = 512
@@ -59,20 +60,23 @@ def sample_groups(
     """`num_generations` completions of each problem, in the order of the problems.
 
     Images and videos are read as their prompts come next, so that memory is needed for those of a
-    few more completions than the `max_rows` that are sampled at once, and not for all.
+    few more completions than the `max_rows` that are sampled at once, and not for all. Between two
+    dispatches no more than the run's `step_timeout` may pass.
     """
     rows = min(max_rows, len(problems) * num_generations)
     engine = context.engine(
         sampling, max_completion_length, max_rows=rows, group_size=num_generations
     )
-    session = engine.session(params, key)
     groups: list[dict[int, Sampled]] = [{} for _ in problems]
-    for completion in _sampled(context, params, problems, session, rows, num_generations):
-        number, ids = completion.request.id, completion.tokens.tolist()
-        (text,) = context.decode([ids])
-        verdict = context.tasks.verify(problems[number], text)
-        finished = completion.finish_reason == "stop"
-        groups[number][completion.request.index] = Sampled(text, ids, verdict, finished)
+    with deadline(context.config.step_timeout, before_progress=COMPILING):
+        session = engine.session(params, key, on_tokens=lambda request, tokens: progress())
+        for completion in _sampled(context, params, problems, session, rows, num_generations):
+            number, ids = completion.request.id, completion.tokens.tolist()
+            (text,) = context.decode([ids])
+            verdict = context.tasks.verify(problems[number], text)
+            finished = completion.finish_reason == "stop"
+            groups[number][completion.request.index] = Sampled(text, ids, verdict, finished)
+            progress()
     return [[group[index] for index in range(num_generations)] for group in groups]
 
 

@@ -32,6 +32,7 @@ from jaxrl_reason.stages.reward_config import (
     Scope,
     reward_name,
     reward_scope,
+    uses_device,
 )
 from jaxrl_reason.tasks import Problem, Verdict
 
@@ -79,8 +80,13 @@ class Judge:
         """The rewards in order."""
         return [reward_name(reward) for reward in self._rewards]
 
+    @property
+    def on_devices(self) -> list[int]:
+        """Which rewards a model on the devices of the run gives."""
+        return [m for m, reward in enumerate(self._rewards) if uses_device(reward)]
+
     def columns(self, scope: Scope, *, is_async: bool) -> list[int]:
-        """Which rewards have a scope and are coroutines or are not."""
+        """Which of the other rewards have a scope and are coroutines or are not."""
         names = self.names
         return [names.index(name) for name in self._functions[scope, is_async]]
 
@@ -92,9 +98,13 @@ class Judge:
             problem: what it answers.
             ids: its token ids, the stop token included.
         """
-        text = decode(self._tokenizer, ids, self._stop_ids)
-        read = Read(problem, ids, text, self._task.verify(problem, text))
+        read = self.read(problem, ids)
         return read, self.score("completion", [read], number)
+
+    def read(self, problem: Problem, ids: list[int]) -> Read:
+        """A completion's text and the verdict on it."""
+        text = decode(self._tokenizer, ids, self._stop_ids)
+        return Read(problem, ids, text, self._task.verify(problem, text))
 
     def score(self, scope: Scope, reads: Sequence[Read], first: int | None) -> Scores:
         """The plain rewards of a scope; `first` is the number of the first completion."""
@@ -104,10 +114,24 @@ class Judge:
         """The async rewards of a scope."""
         return await score_async(self._functions[scope, True], **_arguments(reads), first=first)
 
-    def score_alone(self, reads: Sequence[Read]) -> Scores:
-        """All rewards of completions of different problems: a group is a single completion."""
+    def score_on_devices(self, reads: Sequence[Read]) -> Scores:
+        """The rewards `on_devices`: all processes of a run call it, with the same completions."""
+        names = self.names
+        functions = {names[m]: self._made[names[m]] for m in self.on_devices}
+        if not functions:
+            return np.zeros((len(reads), 0), np.float32), np.zeros((len(reads), 0), bool)
+        return score(functions, **_arguments(reads), first=None)
+
+    def score_alone(self, reads: Sequence[Read], on_devices: Scores) -> Scores:
+        """All rewards of completions of different problems: a group is a single completion.
+
+        Args:
+            reads: the completions.
+            on_devices: what `score_on_devices` gave them.
+        """
         rewards = np.zeros((len(reads), len(self._rewards)), np.float32)
         mask = np.zeros(rewards.shape, bool)
+        rewards[:, self.on_devices], mask[:, self.on_devices] = on_devices
         for scope in get_args(Scope):
             size = 1 if scope == "group" else max(len(reads), 1)
             for is_async in (False, True):
@@ -121,18 +145,23 @@ class Judge:
 
     @functools.cached_property
     def _functions(self) -> dict[tuple[Scope, bool], dict[str, RewardFunction]]:
-        functions = reward_functions(
+        table = {(scope, mode): {} for scope in get_args(Scope) for mode in (False, True)}
+        for reward, (name, function) in zip(self._rewards, self._made.items(), strict=True):
+            if not uses_device(reward):
+                is_async = inspect.iscoroutinefunction(function)
+                table[reward_scope(reward), is_async][name] = function
+        return table
+
+    @functools.cached_property
+    def _made(self) -> dict[str, RewardFunction]:
+        return reward_functions(
             self._rewards, max_completion_length=self._longest, check_judges=False
         )
-        table = {(scope, mode): {} for scope in get_args(Scope) for mode in (False, True)}
-        for reward, (name, function) in zip(self._rewards, functions.items(), strict=True):
-            is_async = inspect.iscoroutinefunction(function)
-            table[reward_scope(reward), is_async][name] = function
-        return table
 
     def __getstate__(self) -> dict[str, Any]:
         # Functions may be of any kind; a worker imports them by name.
-        return {name: value for name, value in vars(self).items() if name != "_functions"}
+        made = ("_functions", "_made")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
 
 def reward_functions(

@@ -78,12 +78,19 @@ class JudgeModel:
     @functools.cached_property
     def _loaded(self) -> _Loaded:
         context, params, _ = load(self._step)
-        engine = context.engine(
-            SamplingConfig(temperature=0.0),
-            self._config.max_completion_length,
-            max_rows=self._config.batch_size,
-        )
-        return _Loaded(context, params, engine)
+        return _Loaded(context, params, judge_engine(context, self._config))
+
+
+def judge_engine(context: Context, config: CheckpointJudge) -> Engine:
+    """What samples the replies of a judge.
+
+    Args:
+        context: of the judge's run.
+        config: of the judge.
+    """
+    sampling = SamplingConfig(temperature=0.0)
+    longest = config.max_completion_length
+    return context.engine(sampling, longest, max_rows=config.batch_size)
 
 
 _models: weakref.WeakValueDictionary[str, JudgeModel] = weakref.WeakValueDictionary()

@@ -5,10 +5,11 @@ sampled, which text might not give back.
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxrl_reason.data.batching import Example
+from jaxrl_reason.data.loading import Maker
 from jaxrl_reason.data.records import load_records
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.plugins import load_object
@@ -16,9 +17,6 @@ from jaxrl_reason.processes import from_first
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import PythonData, StageData
 from jaxrl_reason.tasks import Problem
-
-Pair = tuple[Example, Example]
-"""A chosen and a rejected completion of a prompt."""
 
 SIDES = {"rows": ("completion",), "pairs": ("chosen", "rejected")}
 """Columns of text of the two kinds of rows."""
@@ -129,44 +127,40 @@ def _kept(stage: Stage, data: StageData, kind: str) -> list[Made]:
     ]
 
 
-def example_of(stage: Stage, made: Made) -> Example:
-    """A row with a completion.
+def made_maker(stage: Stage, made: Made) -> Maker:
+    """What makes the example of a row with a completion.
 
-    Raises:
-        InputError: text that the vocabulary cannot express, by the row's place.
+    Made, it raises InputError for text that the vocabulary cannot express, by the row's place.
     """
-    try:
-        return _later(stage, made, "completion")
-    except InputError as error:
-        raise InputError(f"{made.where}: {error}") from error
+    return _maker(made, lambda: [_example(stage, made, "completion")])
 
 
-def pair_of(stage: Stage, made: Made) -> Pair:
-    """A row with a chosen and a rejected completion.
-
-    Raises:
-        InputError: as `example_of`.
-    """
-    try:
-        return _pair(stage, made)
-    except InputError as error:
-        raise InputError(f"{made.where}: {error}") from error
+def pair_maker(stage: Stage, made: Made) -> Maker:
+    """What makes the chosen and the rejected example of a row; it raises as `made_maker`'s."""
+    return _maker(made, lambda: _pair(stage, made))
 
 
-def _pair(stage: Stage, made: Made) -> Pair:
-    row, encoder = made.row, stage.context.encoder
+def _maker(made: Made, make: Callable[[], Sequence[Example]]) -> Maker:
+    def placed() -> Sequence[Example]:
+        try:
+            return make()
+        except InputError as error:
+            raise InputError(f"{made.where}: {error}") from error
+
+    return Maker(placed, made.where)
+
+
+def _pair(stage: Stage, made: Made) -> tuple[Example, Example]:
+    row = made.row
     if "chosen_ids" in row:
-        return _later(stage, made, "chosen"), _later(stage, made, "rejected")
-    asked = {"prompt": row.get("prompt")}
-    pair = lambda: encoder.pair(made.problem, row["chosen"], row["rejected"], **asked)
-    chosen, rejected = pair()
-    return encoder.later(chosen, lambda: pair()[0]), encoder.later(rejected, lambda: pair()[1])
+        return _example(stage, made, "chosen"), _example(stage, made, "rejected")
+    return stage.context.encoder.pair(
+        made.problem, row["chosen"], row["rejected"], prompt=row.get("prompt")
+    )
 
 
-def _later(stage: Stage, made: Made, side: str) -> Example:
+def _example(stage: Stage, made: Made, side: str) -> Example:
     encoder, row, problem = stage.context.encoder, made.row, made.problem
     if (ids := row.get(f"{side}_ids")) is not None:
-        make = lambda: encoder.completed(problem, ids)
-    else:
-        make = lambda: encoder.demonstration(problem, row[side], prompt=row.get("prompt"))
-    return encoder.later(make(), make)
+        return encoder.completed(problem, ids)
+    return encoder.demonstration(problem, row[side], prompt=row.get("prompt"))

@@ -40,6 +40,18 @@ def batch_logprobs(stage: Stage) -> OnMesh:
     return context.shared.get(make, "batch_logprobs", of_model)
 
 
+def correction(stage: Stage) -> OnMesh:
+    """What corrects a batch that was sampled with other log-probs: `(params, batch)`."""
+    config: PolicyConfig = stage.config
+    context = stage.context
+    of_model = _of_model(config)
+
+    def make() -> OnMesh:
+        return make_correction(context.model, context.mesh, config.mismatch, **of_model)
+
+    return context.shared.get(make, "correction", config.mismatch, of_model)
+
+
 def _of_model(config: PolicyConfig) -> dict[str, Any]:
     return {
         "temperature": config.sampling.temperature,
@@ -85,13 +97,10 @@ class OtherLogprobs:
 
     def __init__(self, stage: Stage, saved: Mapping[str, Any] | None):
         config: PolicyConfig = stage.config
-        model = stage.context.model
         self._reference = Reference(stage) if config.beta > 0 else None
         self._logprobs = batch_logprobs(stage) if config.beta > 0 else None
-        self._mismatch = Mismatch(config.mismatch, model.config.dtype, saved)
-        self._correction = make_correction(
-            model, stage.context.mesh, config.mismatch, **_of_model(config)
-        )
+        self._mismatch = Mismatch(config.mismatch, stage.context.model.config.dtype, saved)
+        self._correction = correction(stage)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON values."""

@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxrl_reason import __version__, checkpoint
+from jaxrl_reason import __version__, checkpoint, files
 from jaxrl_reason.config import hash_json, load_yaml, to_json
 from jaxrl_reason.data.tokenizer import save_tokenizer
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.metrics import check_trackers
 from jaxrl_reason.plugins import load_object
-from jaxrl_reason.processes import from_first, is_first, wait
+from jaxrl_reason.processes import from_first, wait
 from jaxrl_reason.stages.config import RunConfig, other_stage
 from jaxrl_reason.stages.context import CHECKED, Context, Stage
 from jaxrl_reason.stages.data_config import FileData, PythonData, TraceData
+from jaxrl_reason.stages.deadline import COMPILING, deadline
 from jaxrl_reason.stages.dpo import preference_pairs, run_dpo
 from jaxrl_reason.stages.evaluate import (
     check_evaluation,
@@ -61,6 +62,7 @@ def run(config: RunConfig, *, say: Callable[[str], None]) -> list[dict[str, Any]
 
     Raises:
         InputError: a mistake in the configuration or the data, or a folder made by another one.
+        StorageError: something could not be written; what was written before stays.
         Preemption: SIGTERM has come, and what there was is saved.
     """
     context = Context.create(config)
@@ -85,9 +87,8 @@ def _run(context: Context, say: Callable[[str], None]) -> list[dict[str, Any]]:
         else:
             if (step := checkpoint.latest(stage.checkpoints)) is not None:
                 say(f"{stage.name}: going on after step {step}")
-            if is_first():
-                stage.directory.mkdir(parents=True, exist_ok=True)
-                _write_json(stage.directory / "config.json", to_json(context.config))
+            described = (stage.directory / "config.json", to_json(context.config))
+            from_first(functools.partial(files.write_json, *described))
             RUNNERS[stage.config.kind](stage)
             wait(f"end of {stage.name}")
         meta = from_first(functools.partial(_latest_meta, stage.directory))
@@ -97,8 +98,7 @@ def _run(context: Context, say: Callable[[str], None]) -> list[dict[str, Any]]:
             of = (stage.name, stage.config.kind, stage.hash, meta["seconds"])
             rows.append(_evaluated(context, *of, say))
         say(f"{stage.name}: {time.monotonic() - began:.0f} s")
-        if is_first():
-            _write_json(context.directory / "summary.json", rows)
+        from_first(functools.partial(files.write_json, context.directory / "summary.json", rows))
     return rows
 
 
@@ -204,25 +204,25 @@ def _prepare_folder(context: Context) -> None:
             "seconds": 0.0,
             "code_version": __version__,
         }
-        checkpoint.save(checkpoints, 0, params=context.init_params(), state={}, meta=meta)
+        params = context.init_params()
+        with deadline(context.config.step_timeout, times=COMPILING):
+            checkpoint.save(checkpoints, 0, params=params, state={}, meta=meta)
         wait("the untrained model")
 
 
 def _write_description(context: Context) -> None:
     """The configuration and the tokenizer."""
-    try:
+    with files.chosen(f"to {context.directory}", "choose another output_dir"):
         context.directory.mkdir(parents=True, exist_ok=True)
-        _write_json(context.directory / "config.json", to_json(context.config))
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {context.directory}: {error.strerror}; choose another output_dir"
-        ) from error
+        text = json.dumps(to_json(context.config), indent=2) + "\n"
+        files.replace(context.directory / "config.json", text)
     choice = context.config.model
     if choice.path is not None:
         from jaxrl_reason.models.convert import copy_description
 
         copy_description(choice.path, context.directory / TOKENIZER, choice.revision)
-    save_tokenizer(context.tokenizer, context.directory / TOKENIZER)
+    with files.storing(context.directory / TOKENIZER):
+        save_tokenizer(context.tokenizer, context.directory / TOKENIZER)
 
 
 def _evaluated(
@@ -236,12 +236,11 @@ def _evaluated(
     if result.get("hash") != settings:
         say(f"{name}: evaluating on {context.config.evaluation.problems} held-out problems")
         began = time.monotonic()
-        params = checkpoint.restore_params(directory, context.params_like)
+        params = context.restore_params(directory)
         result, rows = evaluate(context, params, context.config.evaluation)
         result = {"stage": name, "kind": kind, "hash": settings, **result}
         result["seconds"] = time.monotonic() - began
-        if is_first():
-            write_evaluation(directory, result, rows)
+        from_first(functools.partial(write_evaluation, directory, result, rows))
     row = {"stage": name, "kind": kind}
     row |= {k: result[k] for k in ("accuracy", "accuracy_ci95", "format_rate", "mean_length")}
     return row | {"problems": result["problems"], "seconds": seconds + result["seconds"]}
@@ -300,9 +299,3 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "
         elif before != after:
             changes.append(f"{prefix}{name}: {before!r} -> {after!r}")
     return changes
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)

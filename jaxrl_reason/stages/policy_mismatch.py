@@ -9,28 +9,25 @@ and the losses are weighed by the ratio of the two policies, or the run stops.
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import pydantic
 from jax.sharding import Mesh
-from jaxtyping import Array
 from pydantic import Field
 
 from jaxrl_reason.arrays import WeightedMean
 from jaxrl_reason.config import Config
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.losses import importance_weights
-from jaxrl_reason.models import Model, Params
+from jaxrl_reason.models import Model
 from jaxrl_reason.sharding import OnMesh, batch_sharding, replicated
 from jaxrl_reason.steps import make_batch_logprobs
 
 _THRESHOLDS = {"float32": 1e-3, "bfloat16": 0.1}
 _logger = logging.getLogger(__name__)
-
-Correction = Callable[[Params, dict[str, Array]], tuple[dict[str, Array], dict[str, Array]]]
 
 
 class MismatchConfig(Config):
@@ -55,7 +52,13 @@ class MismatchConfig(Config):
 
     @pydantic.model_validator(mode="after")
     def _acts(self):
-        weighing = sorted({"level", "mode", "cap", "floor"} & self.model_fields_set)
+        # Not those that were named: a configuration that is read back names all.
+        fields = type(self).model_fields
+        weighing = [
+            name
+            for name in ("cap", "floor", "level", "mode")
+            if getattr(self, name) != fields[name].default
+        ]
         if self.action == "stop" and weighing:
             raise ValueError(
                 f"{weighing[0]} cannot act: with action=stop nothing is weighed; remove it or take "
@@ -125,7 +128,7 @@ def make_correction(
     *,
     temperature: float,
     logprob_chunk_size: int | None,
-) -> Correction:
+) -> OnMesh:
     """A compiled function of the parameters that a batch begins with, and the batch.
 
     Returns:

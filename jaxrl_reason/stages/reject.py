@@ -11,16 +11,14 @@ Nothing is trained. SFT stages read the rows and DPO stages the pairs with `data
 function of the user's may make both in other ways.
 """
 
-import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
-from jaxrl_reason import checkpoint
+from jaxrl_reason import files
 from jaxrl_reason.data import chat
-from jaxrl_reason.data.records import write_jsonl
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.processes import from_first
 from jaxrl_reason.stages.context import Stage
@@ -38,6 +36,7 @@ def run_reject(stage: Stage) -> None:
 
     Raises:
         InputError: nothing was kept, or nothing of a difficulty where they are balanced.
+        StorageError: what was kept could not be written.
     """
     config: RejectConfig = stage.config
     began = time.monotonic()
@@ -79,7 +78,7 @@ def _keep(
 
 def _write(stage: Stage, policy, problems, turn: int) -> list[list[Sampled]]:
     config: RejectConfig = stage.config
-    params = checkpoint.restore_params(policy, stage.context.params_like)
+    params = stage.context.restore_params(policy)
     return sample_groups(
         stage.context,
         params,
@@ -183,7 +182,7 @@ def _write_rows(stage: Stage, made) -> dict[str, int]:
             if k == kind
         ]
         counts[kind] = len(rows)
-        write_jsonl(stage.directory / f"{kind}.jsonl", rows)
+        files.write_jsonl(stage.directory / f"{kind}.jsonl", rows)
     return counts
 
 
@@ -199,6 +198,4 @@ def _shares(written: Sequence[Sequence[Sampled]]) -> dict[str, float]:
 
 def _write_meta(stage: Stage, counts: dict[str, float], seconds: float) -> None:
     meta = stage.meta(complete=True, seconds=seconds, counts=counts)
-    temporary = stage.directory / f".{META}"
-    temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(stage.directory / META)
+    files.write_json(stage.directory / META, meta)

@@ -1,5 +1,6 @@
 """The configuration of each kind of reward."""
 
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 import pydantic
@@ -185,7 +186,13 @@ def reward_scope(reward: AnyReward) -> Scope:
 
 def uses_device(reward: AnyReward) -> bool:
     """Whether a reward computes on the devices of the run."""
-    return isinstance(reward, JudgeReward) and isinstance(reward.backend, CheckpointJudge)
+    return bool(checkpoint_judges([reward]))
+
+
+def checkpoint_judges(rewards: Iterable[AnyReward]) -> list[CheckpointJudge]:
+    """The judges on the devices of the run, one for each reward that asks one."""
+    judges = (reward.backend for reward in rewards if isinstance(reward, JudgeReward))
+    return [judge for judge in judges if isinstance(judge, CheckpointJudge)]
 
 
 def runs_elsewhere(reward: AnyReward) -> bool:

@@ -4,7 +4,8 @@ Which process computes a reward and in what order completions end changes no res
 written to the place of its completion.
 
 Of several processes each scores groups of its own and tells the others; where a reward is given a
-whole batch, the first scores all.
+whole batch, the first scores all. A model on the devices is asked by all processes about the whole
+batch, as the devices belong to all.
 """
 
 import functools
@@ -90,9 +91,12 @@ class Scoring:
         self._failed: InputError | None = None
         self._ended: queue.SimpleQueue[tuple[Callable[[Any], None], Future]] = queue.SimpleQueue()
         self._open = 0
+        self._for_devices: dict[tuple[int, int], tuple[Problem, list[int]]] = {}
 
     def add(self, number: int, index: int, problem: Problem, ids: list[int]) -> None:
         """Start the rewards of completion `index` of group `number`, if they are this process's."""
+        if self._judge.on_devices:
+            self._for_devices[number, index] = problem, ids
         if self._scorer(number) != processes.number():
             return
         if number not in self._groups:
@@ -132,6 +136,10 @@ class Scoring:
         if columns:
             here = of_batch.rewards[:, columns], of_batch.mask[:, columns]
             scored.write(slice(None), columns, here)
+        if on_devices := self._judge.on_devices:
+            places = [(number, index) for number in numbers for index in range(self._size)]
+            reads = [self._judge.read(*self._for_devices[place]) for place in places]
+            scored.write(slice(None), on_devices, self._judge.score_on_devices(reads))
         return scored
 
     # What this process scores

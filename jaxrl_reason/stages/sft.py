@@ -5,17 +5,17 @@ The loss counts completion tokens only, the end marker among them.
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
-from jaxrl_reason.config import hash_json
-from jaxrl_reason.data.batching import Example, fill_rows, pack, step_indices
-from jaxrl_reason.errors import InputError
+from jaxrl_reason.data.batching import Batch, Example, fill_rows, pack
+from jaxrl_reason.data.loading import Examples, Maker
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.data_config import FileData, TraceData
 from jaxrl_reason.stages.encoding import file_records
-from jaxrl_reason.stages.made_rows import Made, example_of, made_rows
-from jaxrl_reason.stages.placed_rows import place_rows
+from jaxrl_reason.stages.made_rows import Made, made_maker, made_rows
+from jaxrl_reason.stages.placed_rows import StepRows
 from jaxrl_reason.stages.stage_config import SFTConfig
 from jaxrl_reason.stages.training import StepResult, compile_step, resume, stage_optimizer, train
 from jaxrl_reason.steps import make_sft_step
@@ -27,34 +27,40 @@ def run_sft(stage: Stage) -> None:
     microbatch_count = config.gradient_accumulation_steps
     stage.check_rows("batch_size", config.batch_size, microbatches=microbatch_count)
     examples = demonstrations(stage)
-    rows = pack([example.size for example in examples], config.max_length)
+    places = [(i, k) for i, found in enumerate(examples.facts) for k in range(len(found))]
+    facts = [fact for found in examples.facts for fact in found]
+    rows = pack([fact.size for fact in facts], config.max_length)
     if not config.packing:
-        rows = [[i] for i in range(len(examples))]
-    of_rows = [[examples[i] for i in row] for row in rows]
-    num_patches = stage.context.patches_of(*of_rows)
+        rows = [[i] for i in range(len(facts))]
+    num_patches = stage.context.patches_of(*([facts[i] for i in row] for row in rows))
     optimizer = stage_optimizer(stage)
     update = compile_step(stage, make_sft_step, logprob_chunk_size=config.logprob_chunk_size)
 
-    def fill(documents):
+    def documents(row: int) -> list[Example]:
+        return [examples[i][k] for i, k in (places[number] for number in rows[row])]
+
+    def fill(rows: Sequence[list[Example]]) -> Batch:
         return fill_rows(
-            documents, config.max_length, pad_id=stage.context.pad_id, num_patches=num_patches
+            rows, config.max_length, pad_id=stage.context.pad_id, num_patches=num_patches
         )
 
+    begin = resume(stage, optimizer, data_hash=examples.hash)
+    step_rows = StepRows(
+        stage.context.mesh, stage.seed, len(rows), config.batch_size, microbatch_count
+    )
+    batches = step_rows.read(documents, fill, range(begin.step, config.steps))
+
     def one_step(state, step):
-        chosen = step_indices(stage.seed, step, size=len(rows), batch_size=config.batch_size)
-        documents = [of_rows[row] for row in chosen]
-        placed = place_rows(stage.context.mesh, documents, fill, microbatch_count)
+        placed = step_rows.place(next(batches))
         state, metrics = update(state, placed.batch)
         told = {"num_tokens": placed.counted, "padding_share": placed.padding_share}
         return StepResult(state, [metrics], told, placed.num_tokens, placed.counted, placed.batch)
 
-    data_hash = hash_json([example.identity for example in examples])
-    begin = resume(stage, optimizer, data_hash=data_hash)
-    train(stage, begin, one_step, show=("loss",), data_hash=data_hash)
+    train(stage, begin, one_step, show=("loss",), data_hash=examples.hash)
 
 
-def demonstrations(stage: Stage, most: int | None = None) -> list[Example]:
-    """Token ids of every demonstration.
+def demonstrations(stage: Stage, most: int | None = None) -> Examples:
+    """The demonstrations, of each row one or several.
 
     Args:
         stage: the stage.
@@ -64,20 +70,13 @@ def demonstrations(stage: Stage, most: int | None = None) -> list[Example]:
         InputError: a row of a file that is malformed or too long, by file and line.
     """
     config: SFTConfig = stage.config
-    if isinstance(config.data, TraceData):
-        traces = _traces(stage, config.data)[:most]
-        found = [(example_of(stage, made), made.where) for made in traces]
-    elif isinstance(config.data, FileData):
-        found = _of_file(stage, config.data)
+    if isinstance(config.data, FileData):
+        makers = _of_file(stage, config.data)
     else:
-        found = [(example_of(stage, made), made.where) for made in made_rows(stage, "rows")]
-    for example, where in found:
-        if example.size > config.max_length:
-            raise InputError(
-                f"{where}: prompt and completion have {example.size} tokens; "
-                f"stages.{stage.name}.max_length={config.max_length} is the most"
-            )
-    return [example for example, _ in found]
+        traces = isinstance(config.data, TraceData)
+        rows = _traces(stage, config.data)[:most] if traces else made_rows(stage, "rows")
+        makers = [made_maker(stage, made) for made in rows]
+    return Examples(makers, config.max_length, option=f"stages.{stage.name}.max_length")
 
 
 def _traces(stage: Stage, data: TraceData) -> list[Made]:
@@ -93,15 +92,12 @@ def _traces(stage: Stage, data: TraceData) -> list[Made]:
     ]
 
 
-def _of_file(stage: Stage, data: FileData) -> list[tuple[Example, str]]:
+def _of_file(stage: Stage, data: FileData) -> list[Maker]:
     encoder = stage.context.encoder.counting(
         completion_only_loss=stage.config.completion_only_loss,
         assistant_only_loss=stage.config.assistant_only_loss,
     )
-    examples = []
-    for record in file_records(data):
-        found = record.check(encoder.supervised)
-        again = lambda k, row=record.row: encoder.supervised(row)[k]
-        found = [encoder.later(e, functools.partial(again, k)) for k, e in enumerate(found)]
-        examples += [(example, record.where) for example in found]
-    return examples
+    return [
+        Maker(functools.partial(record.check, encoder.supervised), record.where)
+        for record in file_records(data)
+    ]

@@ -1,18 +1,18 @@
 """The loop around the steps of a stage: start or resume, log, save."""
 
-import contextlib
-import faulthandler
+import functools
+import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxrl_reason import processes
-from jaxrl_reason.checkpoint import Checkpoints, latest_valid
+from jaxrl_reason import files, processes
+from jaxrl_reason.checkpoint import Checkpoints, latest_valid, read_meta
 from jaxrl_reason.errors import InputError, Preemption
 from jaxrl_reason.metrics import MetricLog, NoLog, Progress, Silence
 from jaxrl_reason.models import Params
@@ -21,6 +21,7 @@ from jaxrl_reason.sharding import OnMesh, batch_sharding, compiler_options, repl
 from jaxrl_reason.stages.breakdown import table
 from jaxrl_reason.stages.compiles import CompileWatch
 from jaxrl_reason.stages.context import Stage
+from jaxrl_reason.stages.deadline import COMPILING, deadline
 from jaxrl_reason.stages.guard import Guard
 from jaxrl_reason.stages.preemption import after_a_step
 from jaxrl_reason.stages.profiling import Profile
@@ -35,9 +36,6 @@ from jaxrl_reason.steps import (
 )
 
 _logger = logging.getLogger(__name__)
-
-_COMPILING = 10
-"""How much longer than others the first step of a start may take."""
 
 
 class Start(NamedTuple):
@@ -131,27 +129,30 @@ def resume(stage: Stage, optimizer: Optimizer, *, data_hash: str) -> Start:
     """
     like = state_like(stage, optimizer)
     rest = {"opt_state": like.opt_state, "step": like.step}
-    restored = latest_valid(stage.checkpoints, params=like.params, state=rest)
+    with deadline(stage.context.config.step_timeout, times=COMPILING):
+        restored = latest_valid(stage.checkpoints, params=like.params, state=rest)
     if restored is None:
+        _compare_devices(stage, read_meta(stage.parent), f"{stage.parent.name}, its parent,")
         return Start(fresh_state(stage, optimizer, stage.parent_params()), 0, {})
     if restored.meta["data_hash"] != data_hash:
         raise InputError(
             f"stages.{stage.name}: its data has changed since {restored.path} was written; put the "
             "old data back, or give the run another name (name=...); nothing was overwritten"
         )
-    _compare_devices(stage, restored.meta)
+    _compare_devices(stage, restored.meta, "its checkpoint")
     state = TrainState(restored.params, restored.state["opt_state"], restored.state["step"])
     return Start(state, restored.step, restored.meta)
 
 
-def _compare_devices(stage: Stage, meta: Mapping[str, Any]) -> None:
-    """Say so if a checkpoint was made by other devices."""
+def _compare_devices(stage: Stage, meta: Mapping[str, Any], what: str) -> None:
+    """Say so if a checkpoint was made by other devices; the untrained model follows from none."""
     before, now = meta.get("devices"), stage.devices()
     if before not in (None, now):
         _logger.warning(
-            "%s: its checkpoint was made by %s and goes on with %s; results equal those of an "
+            "%s: %s was made by %s, and it goes on with %s; results equal those of an "
             "uninterrupted run to rounding, not to the bit",
             stage.name,
+            what,
             before,
             now,
         )
@@ -181,6 +182,8 @@ def train(
         more_meta: what else a checkpoint after so many steps says, as JSON values.
 
     Raises:
+        InputError: too many updates in a row were not finite.
+        StorageError: a checkpoint, metrics or such a batch could not be written.
         Preemption: SIGTERM has come; the step that it came in is saved.
     """
     config = stage.config
@@ -189,9 +192,11 @@ def train(
     rate = learning_rate_schedule(config.optimizer, config.updates)
     seconds, began = meta.get("seconds", 0.0), time.monotonic()
     compiles = CompileWatch(stage.name)
+    timeout = stage.context.config.step_timeout
+    saving = functools.partial(deadline, timeout, times=COMPILING)
     rows: list[dict[str, float]] = []
     with (
-        Checkpoints(stage.checkpoints, keep=config.save_total_limit) as checkpoints,
+        Checkpoints(stage.checkpoints, keep=config.save_total_limit, within=saving) as checkpoints,
         _open_log(stage, begin.step) as log,
         Progress(
             f"{stage.name} ({config.kind})",
@@ -199,14 +204,16 @@ def train(
             start=begin.step,
             stream=None if processes.is_first() else Silence(),
         ) as bar,
-        Profile(stage.directory / "profile", stage.context.config.tracking.profiled) as profile,
+        Profile(
+            stage.name, stage.directory / "profile", stage.context.config.tracking.profiled
+        ) as profile,
         after_a_step() as is_to_end,
     ):
         for step in range(begin.step, config.steps):
             done, step_began = step + 1, time.monotonic()
             compiles.start()
             profile.begin(done)
-            with _deadline(stage.context.config.step_timeout, is_first=step == begin.step):
+            with deadline(timeout, times=COMPILING if step == begin.step else 1):
                 result = one_step(state, step)
                 state, metrics = result.state, _numbers(result, step_began)
             profile.end(done)
@@ -257,19 +264,6 @@ def _open_log(stage: Stage, step: int) -> "MetricLog | NoLog":
     )
 
 
-@contextlib.contextmanager
-def _deadline(seconds: float | None, *, is_first: bool) -> Iterator[None]:
-    """End the process, with the stacks of all threads, if what is within takes longer."""
-    if seconds is None:
-        yield
-        return
-    faulthandler.dump_traceback_later(_COMPILING * seconds if is_first else seconds, exit=True)
-    try:
-        yield
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-
-
 def _stopped(stage: Stage, step: int, updates: int, batch: Mapping[str, jax.Array]) -> InputError:
     """The end of a stage that has stopped learning; its last batch is written for a look at it."""
     arrays = batch
@@ -277,7 +271,10 @@ def _stopped(stage: Stage, step: int, updates: int, batch: Mapping[str, jax.Arra
         arrays = multihost_utils.process_allgather(batch, tiled=True)
     path = stage.directory / f"nonfinite_step_{step}.npz"
     if processes.is_first():
-        np.savez_compressed(path, **{name: np.asarray(x) for name, x in arrays.items()})
+        packed = io.BytesIO()
+        np.savez_compressed(packed, **{name: np.asarray(x) for name, x in arrays.items()})
+        with files.storing(f"{path}, the last of {updates} batches whose loss was not finite,"):
+            files.replace(path, packed.getvalue())
     return InputError(
         f"stages.{stage.name}: the loss or the gradient of {updates} updates in a row, the last in "
         f"step {step}, was not finite; they were skipped. The batch is in {path}, and the last "

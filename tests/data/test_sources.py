@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 
 from jaxrl_reason.data.chat import decode
 from jaxrl_reason.data.examples import RowEncoder
-from jaxrl_reason.data.records import content_hash, load_records, recognise, write_jsonl
+from jaxrl_reason.data.records import content_hash, load_records, recognise
 from jaxrl_reason.errors import InputError
+from jaxrl_reason.files import write_jsonl
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 ROWS = [{"question": f"What is {n} + é?", "answer": f"It is\n#### {n}"} for n in range(3)]

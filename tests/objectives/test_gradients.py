@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_reason import objectives
 from jaxrl_reason.objectives import combine, gram_matrix
@@ -110,3 +111,24 @@ def test_errors():
         mgda(jnp.ones((2, 3)), mask=jnp.ones(3))
     with pytest.raises(ValueError, match="normalize='loss' is unknown"):
         mgda(jnp.ones((2, 3)), normalize="loss")
+
+
+def test_products_are_those_of_float64_and_move_no_gradient(mesh8):
+    draw = np.random.default_rng(0)
+    shapes = {"wide": (3, 8, 64, 128), "tall": (3, 256, 16), "one": (3,)}
+    tree = {name: draw.normal(0.3, 1, shape) for name, shape in shapes.items()}
+    flat = np.concatenate([leaf.reshape(3, -1) for leaf in tree.values()], axis=1)
+    cut = {"wide": (None, "fsdp", "tensor"), "tall": ("fsdp", None), "one": ()}
+    places = {name: NamedSharding(mesh8, PartitionSpec(*spec)) for name, spec in cut.items()}
+    gradients = [
+        jax.device_put({name: x[i].astype(np.float32) for name, x in tree.items()}, places)
+        for i in range(3)
+    ]
+    stack = lambda *leaves: jnp.stack(leaves)
+    gram_of = jax.jit(lambda *trees: gram_matrix(jax.tree.map(stack, *trees)))
+    compiled = gram_of.lower(*gradients).compile()
+    np.testing.assert_allclose(compiled(*gradients), flat @ flat.T, rtol=1e-6)
+    memory = compiled.memory_analysis()  # of a device
+    assert memory.temp_size_in_bytes < memory.argument_size_in_bytes // 3
+    for moving in ("all-gather", "all-to-all", "collective-permute"):
+        assert moving not in compiled.as_text()

@@ -222,6 +222,31 @@ ENTRY %main (x.1: bf16[2,1024,512], k.1: bf16[12,512,512]) -> bf16[2,1024,512] {
 """  # noqa: E501
 
 
+@pytest.mark.parametrize(
+    "begun",
+    [
+        "%g = (bf16[2,512]{1,0}, bf16[8,512]{1,0}) all-gather-start(%x), dimensions={0}",
+        "%g = bf16[8,512]{1,0} all-gather(%x), dimensions={0}",
+        "%g = (bf16[2,512], bf16[2,512], u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)",
+        "%g = bf16[2,512]{1,0} collective-permute(%x)",
+        "%g = bf16[2,512]{1,0} all-reduce-start(%x)",
+    ],
+)
+def test_a_collective_that_begins_writes_what_it_gives_alone(begun):
+    """`-start` names its operand before its result."""
+    opcode = begun.split("(%x)")[0].split()[-1]
+    text = f"""HloModule m, num_partitions=4
+ENTRY %main (x: bf16[2,512]) -> bf16[2,512] {{
+  %x = bf16[2,512]{{1,0}} parameter(0)
+  {begun}, replica_groups={{{{0,1,2,3}}}}, source_target_pairs={{{{0,1}}}}
+  ROOT %r = bf16[2,512]{{1,0}} add(%x, %x)
+}}
+"""
+    part = 2 * 2 * 512
+    written = 4 * part if opcode.startswith("all-gather") else part
+    assert program_cost(text).memory_bytes == part + written + 3 * part
+
+
 def test_the_text_of_a_tpu_is_read():
     found = program_cost(TPU)
     turns, kernel, state = 10, 2 * 512 * 512, 2 * 2 * 1024 * 512

@@ -15,24 +15,31 @@ import pytest
 import yaml
 from tpu_compiler import tpu_compiler
 
-from jaxrl_reason.config import validate
+from jaxrl_reason import checkpoint
+from jaxrl_reason.config import to_json, validate
 from jaxrl_reason.data.batching import fill_rows, microbatches
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import ModelConfig, preset
 from jaxrl_reason.models.vision import init_vision, vision_features
 from jaxrl_reason.models.vision_config import VisionConfig
-from jaxrl_reason.planner import topology
+from jaxrl_reason.planner import plan as plan_module
+from jaxrl_reason.planner import search, tables, topology
 from jaxrl_reason.planner.chips import CHIPS
 from jaxrl_reason.planner.hlo import program_cost
 from jaxrl_reason.planner.plan import (
+    Memory,
+    ProgramPlan,
+    StagePlan,
     active_parameters,
     bytes_per_device,
     kernel_flops,
     model_flops,
     plan_stages,
 )
-from jaxrl_reason.planner.search import _remats, _splits
+from jaxrl_reason.planner.roofline import Times
+from jaxrl_reason.planner.search import _remats, _rows_at_once, _splits
 from jaxrl_reason.sampling import Rollout
+from jaxrl_reason.sharding import MeshConfig
 from jaxrl_reason.stages.config import RunConfig
 from jaxrl_reason.stages.context import Context
 from jaxrl_reason.stages.grpo import policy_rows
@@ -73,6 +80,18 @@ stages:
     beta: 0.1
     rewards: [{kind: accuracy}]
     optimizer: {learning_rate: 1.0e-3}
+  balance:
+    kind: morl
+    parent: prefer
+    steps: 4
+    prompts_per_step: 8
+    num_generations: 4
+    max_completion_length: 12
+    aggregator: weighted_sum
+    rewards: [{kind: accuracy}, {kind: format}]
+    conflict_steps: 3
+    mismatch: {action: stop}
+    optimizer: {learning_rate: 1.0e-3}
   keep:
     kind: reject
     parent: reason
@@ -103,12 +122,36 @@ def test_every_program_of_a_step_is_there(plans):
     sampling = ["weight sync", "prefill, 8 x 64", "decode, 32 rows"]
     found = {name: [program.name for program in plan.programs] for name, plan in plans.items()}
     assert found["cold"] == ["update"]
-    assert found["reason"] == [*sampling, "reference log-probs", "update"]
+    training = ["reference log-probs", "policy log-probs", "update"]
+    assert found["reason"] == [*sampling, *training]
+    compared = ["objective's gradient", "gradients' products"]
+    assert found["balance"] == [*sampling, *compared, "update"]
+    assert found["evaluation"] == ["weight sync", "prefill, 16 x 64", "decode, 16 rows"]
     assert found["keep"] == sampling
     assert found["prefer"][0] == "weight sync"
     assert found["prefer"][-2:] == ["reference log-probs", "update"]
     often = {program.name: program.per_step for program in plans["reason"].programs}
-    assert often == dict(zip(found["reason"], [1, 1, 2, 1, 2], strict=True))
+    assert often == dict(zip(found["reason"], [1, 1, 2, 1, 0, 2], strict=True))
+    often = [program.per_step for program in plans["balance"].programs]
+    assert often == [1, 1, 2, 3 / 3, 1 / 3, 1]
+    # Of what the run begins with, and of its four stages that train.
+    assert plans["evaluation"].steps == 5
+    # Two gradients wait for the third, and then there are three of the parameters' size.
+    held = [program.memory.arrays for program in plans["balance"].programs[3:5]]
+    assert held[0]["gradients"] == 2 * held[0]["parameters"]
+    assert held[1]["gradients"] == 3 * held[1]["parameters"]
+    assert "optimizer" in held[0]
+
+
+def test_links_are_those_between_the_places_of_the_mesh(context, monkeypatch):
+    """Programs number devices as the mesh has them, which on TPUs is by the network's links."""
+    seen = []
+    bound = lambda cost, chip, devices: seen.append(devices) or Times(1.0, 1.0, 1.0)
+    monkeypatch.setattr(plan_module, "times", bound)
+    here = topology.Topology("here", CHIP, jax.devices()[::-1])
+    plan_stages(context, here, names=["cold"])
+    (devices,) = seen
+    assert devices == list(context.mesh.devices.flat)
 
 
 def shapes(batch) -> dict:
@@ -337,18 +380,33 @@ def test_the_command_plans_for_cpus(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "planned on 4 x a part of this machine (cpu:4), mesh fsdp 2 x tensor 2" in done.stdout
     assert "to spare; a step takes" in done.stdout
+    columns = [line.split() for line in done.stdout.splitlines()]
+    of_program = ["memory", "FLOP", "moved", "sent", "least", "limit", "MFU", "compiled", "in"]
+    assert ["program", "a", "step", *of_program] in columns
+    kept = ["parameters", "optimizer", "batch", "reference", "activations", "total"]
+    assert ["stage", "fullest", "in", *kept] in columns
     made = json.loads(out.read_text())
     assert [stage["stage"] for stage in made["stages"]] == ["cold", "reason"]
     assert all(stage["fits"] for stage in made["stages"])
     update = made["stages"][1]["programs"][-1]
     assert update["collective_bytes"] > 0
     assert set(update["memory"]) == {"parameters", "optimizer", "batch", "reference", "temporary"}
+    assert done.stdout.count("compiled in") >= 2  # lines while it compiles, and a column
+    for stage in made["stages"]:
+        programs = stage["programs"]
+        assert stage["compile_seconds"] == sum(p["compile_seconds"] for p in programs) > 0
+        rate = stage["tokens"] / stage["seconds"] / 4
+        assert stage["tokens_per_second_per_chip"] == pytest.approx(rate)
+        assert f"{rate:,.0f} tokens/s a chip" in done.stdout
 
 
 def test_an_unknown_stage_is_refused(tmp_path):
     done = plan_command(tmp_path, "--topology", "cpu:8", "--stages", "warm")
     assert done.returncode == 2
-    assert "error: --stages warm: the run has cold, prefer, reason, keep" in done.stderr
+    assert (
+        "error: --stages warm: the run has cold, prefer, reason, balance, keep, evaluation"
+        in done.stderr
+    )
 
 
 @pytest.mark.slow
@@ -360,12 +418,14 @@ def test_the_command_plans_for_tpus(tmp_path):
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
     assert (made["chips"], made["chip"]["name"]) == (8, "TPU v6e")
-    assert [stage["stage"] for stage in made["stages"]] == ["cold", "prefer", "reason", "keep"]
+    names = ["cold", "prefer", "reason", "balance", "keep", "evaluation"]
+    assert [stage["stage"] for stage in made["stages"]] == names
     for stage in made["stages"]:
         assert stage["fits"]
         for program in stage["programs"]:
             assert program["seconds"]["memory"] > 0
-            assert (program["flops"] > 0) == (program["work"] != "sync")
+            multiplies = program["program"] not in ("weight sync", "gradients' products")
+            assert (program["flops"] > 0) == multiplies
 
 
 DECODING = """
@@ -460,6 +520,103 @@ def test_a_search_says_which_choice_is_best(tmp_path):
     assert best.removeprefix("best: ") in {line.partition(": ")[2] for line in tried}
 
 
+@pytest.mark.slow
+def test_a_search_as_json_is_all_of_standard_output(tmp_path):
+    command = ("--topology", "cpu:4", "--stages", "cold", "--search", "3", "--json", "-")
+    done = plan_command(tmp_path, *command)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert "tried 3 of at most 3" in done.stderr
+    assert len(made["candidates"]) == 3
+    assert made["chips"] == 4
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_a_search_for_nothing_is_refused(tmp_path, number):
+    done = plan_command(tmp_path, "--topology", "cpu:4", f"--search={number}")
+    assert done.returncode == 2
+    assert f"error: --search {number} must be 1 or more" in done.stderr
+
+
+def test_the_json_of_a_search_says_what_each_choice_is(tmp_path):
+    path = tmp_path / "planned.yaml"
+    path.write_text(TINY + STAGES, encoding="utf-8")
+    here = topology.Topology("here", CHIP, jax.devices())
+    trials = search.search(str(path), [], here, names=["cold", "keep"], most=2)
+    made = json.loads(json.dumps(tables.search_json(trials, here), allow_nan=False))
+    assert [choice["overrides"] for choice in made["candidates"]] == [t.overrides for t in trials]
+    for choice in made["candidates"]:
+        mesh = {f"mesh.{axis}={size}" for axis, size in choice["mesh"].items()}
+        assert {word for word in choice["overrides"] if word.startswith("mesh.")} <= mesh
+        assert choice["remat"] in ("none", "dots", "full")
+        assert choice["fits"] is True
+        assert choice["seconds"] == pytest.approx(sum(s["seconds"] for s in choice["stages"]))
+        assert choice["memory"] == max(stage["memory"] for stage in choice["stages"])
+        assert choice["microbatches"] == {"cold": 2}
+        assert choice["rows_sampled"] == {"keep": 32}
+        assert set(choice["mfu"]) == {"cold"}
+        for stage in choice["stages"]:
+            assert stage["compile_seconds"] > 0
+            assert (stage["tokens_per_second_per_chip"] is None) == (stage["stage"] == "keep")
+    with pytest.raises(InputError, match="most=0 must be 1 or more"):
+        search.search(str(path), [], here, most=0)
+    of = ["stages.cold.batch_size=1"]
+    with pytest.raises(InputError, match=r"every mesh was left out; .* must be a multiple of"):
+        search.search(str(path), of, here, names=["cold"], most=2)
+
+
+def test_a_search_samples_fewer_at_once_where_sampling_is_full():
+    reason, balance = "stages.reason.max_num_seqs", "stages.balance.max_num_seqs"
+    config = config_of()
+    assert _rows_at_once(config, None, 8, fits=True) == []
+    assert _rows_at_once(config, ["cold"], 8, fits=False) == []
+    assert _rows_at_once(config, ["reason"], 8, fits=False) == [{reason: n} for n in (4, 8, 16)]
+    fewer = config_of((TINY + STAGES).replace("num_iterations: 2", "max_num_seqs: 8"))
+    assert _rows_at_once(fewer, None, 8, fits=True) == [{reason: 32}]
+    # A group is sampled at once, and no choice is tried twice.
+    assert _rows_at_once(fewer, ["reason"], 8, fits=False) == [{reason: 4}]
+    both = [{reason: 4, balance: n} for n in (4, 8, 16)]
+    assert _rows_at_once(fewer, None, 8, fits=False) == both
+
+
+@pytest.mark.parametrize(
+    ("full", "tried"),
+    [
+        ("decode", ["stages.reason.max_num_seqs=4"]),
+        ("update", ["model.changes.remat=full", "stages.reason.microbatch_tokens=32768"]),
+    ],
+)
+def test_where_nothing_fits_a_search_tries_what_makes_room(tmp_path, monkeypatch, full, tried):
+    path = tmp_path / "planned.yaml"
+    path.write_text(TINY + STAGES, encoding="utf-8")
+
+    def plan(context, *_, **__) -> list[StagePlan]:
+        stage = context.config.stages["reason"]
+        bytes_of = {"decode": 10 * (stage.max_num_seqs or 32), "update": 100}
+        bytes_of[full] *= 1000
+        programs = [
+            ProgramPlan(
+                name=work,
+                work=work,
+                per_step=1,
+                tokens=8,
+                memory=Memory(arrays={}, temporary=1e4 * count),
+                compile_seconds=1.0,
+            )
+            for work, count in bytes_of.items()
+        ]
+        return [StagePlan(name="reason", kind="grpo", programs=programs, tokens=8, steps=1)]
+
+    monkeypatch.setattr(search, "plan_stages", plan)
+    small = topology.Topology("small", dataclasses.replace(CHIP, memory=5e8), jax.devices())
+    said = []
+    found = search.search(
+        str(path), [], small, names=["reason"], most=1 + len(tried), say=said.append
+    )
+    assert found[0].fits == (full == "decode")
+    assert [line.rpartition(" ")[2] for line in said[1:]] == tried
+
+
 def test_a_search_that_found_no_room_tries_what_needs_less():
     config = config_of()
     with_room, without = (
@@ -514,3 +671,65 @@ def test_products_inside_of_kernels_are_those_of_theory(work, passes, of_experts
     assert of(dots) == of_experts * experts
     assert of(splash, splash) == pytest.approx(passes * attention, rel=0.1)
     assert of(splash, dots) == of(splash) + of_experts * experts
+
+
+JUDGED = """
+name: judged
+mesh: {data: 2, fsdp: 4}
+stages:
+  reason:
+    kind: grpo
+    steps: 4
+    prompts_per_step: 8
+    num_generations: 4
+    max_completion_length: 12
+    rewards:
+      - {kind: accuracy}
+      - kind: judge
+        name: good
+        backend: {kind: checkpoint, path: PATH, max_completion_length: 6, batch_size: 16}
+      - kind: judge
+        name: short
+        backend: {kind: checkpoint, path: PATH, max_completion_length: 6, batch_size: 16}
+    optimizer: {learning_rate: 1.0e-3}
+"""
+
+
+def test_a_judge_is_planned_beside_its_stage(tmp_path):
+    path = tmp_path / "judge" / "init"
+    text = (TINY + JUDGED).replace("PATH", str(path))
+    topology_of = lambda: topology.Topology("here", CHIP, jax.devices())
+    plan_of = lambda: plan_stages(Context.describe(config_of(text), jax.devices()), topology_of())
+    without, _ = alone = plan_of()
+    told = f"The judge at {path} is not here and was not planned: its parameters and a cache are on"
+    assert [note for note in tables.notes(alone) if "judge" in note] == [f"{told} the chips too."]
+
+    # A run of a wider model, on more devices than the stage has.
+    wider = TINY.replace("hidden_size: 32", "hidden_size: 64")
+    made = config_of(f"{wider}\nname: judge\nmesh: {{data: 1, fsdp: 16}}\n")
+    nothing = {"params": {"none": np.zeros(1)}, "state": {}}
+    checkpoint.save(path / "checkpoints", 0, **nothing, meta={"hash": "0"})
+    (path.parent / "config.json").write_text(json.dumps(to_json(made)))
+    mesh = MeshConfig(data=1, fsdp=8)
+    judge = Context.describe(made.model_copy(update={"mesh": mesh}), jax.devices())
+    held = plan_module.bytes_per_device(judge.params_like)
+
+    stage, evaluation = plan_of()
+    names = [program.name for program in stage.programs]
+    sampling = ["judge: weight sync", "judge: prefill, 16 x 64", "judge: decode, 16 rows"]
+    own = [program.name for program in without.programs]
+    assert names == [*own[:3], *sampling, *own[3:]]
+    assert own[2].startswith("decode")
+    often = {program.name: program.per_step for program in stage.programs}
+    # Two rewards ask it about each of 32 completions.
+    assert [often[name] for name in sampling] == [2 * 1, 2 * 2, 2 * 2]
+    for program in stage.programs:
+        arrays = program.memory.arrays
+        assert arrays["judges"] == held
+        before = [p.memory for p in without.programs if p.name == program.name]
+        assert [memory.arrays | {"judges": held} for memory in before] in ([], [arrays])
+        assert ("optimizer" in arrays, "parameters" in arrays) == (True, True)
+    assert [program.name for program in evaluation.programs][3:] == sampling
+    assert "judges" not in evaluation.programs[0].memory.arrays
+    assert stage.rows_sampled == without.rows_sampled == 32
+    assert not any("judge" in note for note in tables.notes([stage, evaluation]))

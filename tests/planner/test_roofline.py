@@ -6,7 +6,7 @@ import pytest
 
 from jaxrl_reason.planner.chips import CHIPS
 from jaxrl_reason.planner.hlo import Collective, Cost
-from jaxrl_reason.planner.roofline import bandwidth, network_shape, times
+from jaxrl_reason.planner.roofline import bandwidth, network_shape, rings, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,25 @@ def test_a_dimension_is_a_ring_where_it_is_as_long_as_the_pod():
     assert shape == (16, 4, 1)
     reach = lambda *group: bandwidth(Collective("all-gather", 1.0, group), V5E, devices, shape)
     assert reach(*range(16)) == 2 * LINK
+    assert reach(*range(8)) == LINK  # half of a ring is a line
     assert reach(0, 16, 32, 48) == LINK
     assert reach(*range(64)) == 3 * LINK
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "expected"),
+    [
+        ("v5p", (2, 2, 4), [False, False, False]),
+        ("v5p", (2, 4, 4), [False, False, False]),
+        ("v5p", (4, 4, 4), [True, True, True]),
+        ("v5p", (4, 8, 16), [True, True, True]),
+        ("v4", (4, 4, 2), [False, False, False]),
+        ("v5e", (8, 16, 1), [False, True, False]),
+        ("v6e", (16, 16, 1), [True, True, False]),
+    ],
+)
+def test_networks_of_three_dimensions_are_rings_from_a_whole_cube_on(kind, shape, expected):
+    assert rings(CHIPS[kind], shape) == expected
 
 
 def test_a_neighbour_is_reached_by_one_link():

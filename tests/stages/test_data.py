@@ -46,6 +46,10 @@ def texts(stage, examples):
     return [(tokenizer.decode(e.prompt), tokenizer.decode(e.completion)) for e in examples]
 
 
+def flat(groups):
+    return [example for group in groups for example in group]
+
+
 # Demonstrations
 
 
@@ -56,7 +60,7 @@ def test_demonstrations_are_right_and_of_the_styles_asked_for(stage_of):
     verify = stage.context.task.verify
     problems = stage.problems(0, 400)
     made = Counter()
-    examples = demonstrations(stage)
+    examples = flat(demonstrations(stage))
     for problem, (prompt, completion) in zip(problems, texts(stage, examples), strict=True):
         assert prompt == f"<user> {problem.prompt} <assistant>"
         assert completion.endswith(" <eos>")
@@ -65,7 +69,7 @@ def test_demonstrations_are_right_and_of_the_styles_asked_for(stage_of):
         made[style] += 1
     for style, share in styles.items():
         assert made[style] / 400 == pytest.approx(share, abs=0.08)
-    assert examples == demonstrations(stage)
+    assert examples == flat(demonstrations(stage))
 
 
 def test_stages_and_steps_draw_with_different_keys(stage_of):
@@ -86,7 +90,7 @@ def test_demonstrations_of_a_file_are_its_rows(stage_of, tmp_path):
     rows = [{"prompt": f"a = {n} ; a ?", "completion": ANSWER.format(n)} for n in (0, 1, 2)]
     data = {"kind": "file", "path": write(tmp_path / "rows.jsonl", rows)}
     stage = stage_of("cold", data=data)
-    assert texts(stage, demonstrations(stage)) == [
+    assert texts(stage, flat(demonstrations(stage))) == [
         (f"<user> {row['prompt']} <assistant>", f"{row['completion']} <eos>") for row in rows
     ]
 
@@ -195,8 +199,8 @@ def test_reference_log_probs_are_computed_once_and_are_those_of_the_parent(four)
 def test_reference_log_probs_are_sums_over_each_completion(four):
     """Against one forward pass of all, whatever fills up the last batch."""
     stage = plan_of(four, "prefer")
-    pairs = preference_pairs(stage)[:9]
-    length = row_length(stage, pairs)
+    every = preference_pairs(stage)
+    pairs, length = every[:9], row_length(stage, every)
     assert length == 32
     got = reference_logprobs(stage, pairs, length)
     assert got.shape == (9, 2)

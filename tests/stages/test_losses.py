@@ -6,6 +6,7 @@ import pytest
 
 from jaxrl_reason.config import validate
 from jaxrl_reason.data.batching import Example, microbatches
+from jaxrl_reason.data.loading import Examples, Maker
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.losses import LOSS_TYPES, PREFERENCE_LOSSES
 from jaxrl_reason.sampling import Rollout
@@ -16,7 +17,7 @@ from jaxrl_reason.stages.grpo import policy_rows, policy_update
 from jaxrl_reason.stages.pipeline import plan
 from jaxrl_reason.stages.policy_config import GRPOConfig
 from jaxrl_reason.stages.stage_config import DPOConfig
-from jaxrl_reason.stages.training import fresh_state, stage_optimizer
+from jaxrl_reason.stages.training import Start, fresh_state, stage_optimizer
 from jaxrl_reason.steps import needs_reference
 
 VERL = {"clip_cov_ratio": 0.02, "clip_cov_lb": 0.1, "clip_cov_ub": 5.0}
@@ -167,10 +168,12 @@ def test_the_preference_losses_without_a_reference_compute_none(stage, monkeypat
     assert needs_reference(["cpo", "sigmoid", "sft"])
     made = stage("prefer", loss_type=["cpo", "sft"], data={"kind": "file", "path": "none"})
     asked, pair = [], (Example([3], [4]), Example([3], [5]))
-    monkeypatch.setattr(dpo, "preference_pairs", lambda stage: [pair] * 8)
+    monkeypatch.setattr(
+        dpo, "preference_pairs", lambda stage: Examples([Maker(lambda: pair, "")] * 8, 9, option="")
+    )
     monkeypatch.setattr(dpo, "reference_logprobs", lambda *given: asked.append(given))
-    for name in ("resume", "train"):
-        monkeypatch.setattr(dpo, name, lambda *given, **options: None)
+    monkeypatch.setattr(dpo, "resume", lambda *given, **options: Start(None, 0, {}))
+    monkeypatch.setattr(dpo, "train", lambda *given, **options: None)
     dpo.run_dpo(made)
     assert asked == []
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -257,6 +258,31 @@ def test_a_moved_run_is_found_where_it_is(four, tmp_path):
     assert checkpoint.lineage(copy / "reason")[-1]["path"] == str(copy / "init/checkpoints/0")
     config = to_json(loaded.context.config) | {"name": "four", "output_dir": str(tmp_path)}
     assert config == to_json(four.config) | {"output_dir": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [
+        ({"data": 1, "fsdp": 16, "context": 2}, {"data": 1, "fsdp": 8}),
+        ({"data": 2, "fsdp": 6, "tensor": 3}, {"data": 4, "fsdp": 2}),
+        ({"data": 1, "fsdp": -1, "tensor": 3}, {"data": 1, "fsdp": 8}),
+        ({"data": 2, "fsdp": -1}, {"data": 2, "fsdp": 4}),
+    ],
+)
+def test_a_model_can_be_read_on_fewer_devices(four, tmp_path, caplog, mesh, expected):
+    copy = tmp_path / "copied"
+    shutil.copytree(four.directory, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"mesh": config["mesh"] | mesh}))
+    caplog.clear()
+    loaded, trained = load(copy / "cold"), load(four.directory / "cold")
+    found = {axis: size for axis, size in loaded.context.mesh.shape.items() if size > 1}
+    assert found == {axis: size for axis, size in expected.items() if size > 1}
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, trained.params)
+    said = ", ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
+    told = [message for message in caplog.messages if "does not fit the 8 devices here" in message]
+    assert len(told) == (mesh != {"data": 2, "fsdp": -1})
+    assert all(said in message for message in told)
 
 
 def test_other_names_of_metrics_and_no_tensorboard(four, tmp_path):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_reason.config import validate
+from jaxrl_reason.config import to_json, validate
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model, ModelConfig
 from jaxrl_reason.sharding import MeshConfig, make_mesh
@@ -56,6 +56,14 @@ def test_a_difference_above_the_threshold_switches_the_correction_on(
     assert mismatch.correcting
     again = Mismatch(MismatchConfig(), dtype, mismatch.state())
     assert again.correcting
+
+
+def test_a_run_that_shall_stop_is_configured_and_read_back():
+    asked = validate(MismatchConfig, {"action": "stop"}, "test")
+    assert asked.action == "stop"
+    assert validate(MismatchConfig, to_json(asked), "test") == asked
+    with pytest.raises(InputError, match="cap cannot act: with action=stop"):
+        validate(MismatchConfig, {"action": "stop", "cap": 3.0}, "test")
 
 
 @pytest.mark.parametrize("difference", [0.2, math.nan, math.inf])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from jaxrl_reason.config import validate
 from jaxrl_reason.data.vision import VisionRow
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import Model
-from jaxrl_reason.models.convert import load_params
+from jaxrl_reason.models.convert import load_params, write
 from jaxrl_reason.models.lora import without_adapter
 from jaxrl_reason.sampling import Rollout, SamplingConfig, sample
 from jaxrl_reason.sharding import OnMesh
@@ -434,6 +435,39 @@ def test_an_imported_model_can_be_sampled_and_exported_unchanged(directories, tm
     for name, value in leaves(load_params(same.context.model, out)).items():
         np.testing.assert_array_equal(value, leaves(same.params)[name])
     assert checkpoint.lineage(folder / "init")[0]["stage"] == "init"
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_an_export_without_room_is_one_message(directories, tmp_path, capsys, monkeypatch, adapter):
+    folder, out = tmp_path / "imported", tmp_path / "out"
+    overrides = ["max_prompt_length=64", "evaluation.max_completion_length=8"]
+    overrides += ["model.lora={r: 2, lora_alpha: 4}"] if adapter else []
+    assert main(["import", str(directories["qwen3"]), str(folder), *overrides]) == 0
+    (tmp_path / "file").touch()
+    command = ["export", str(folder / "init"), *(["--adapter"] if adapter else [])]
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "file" / "out")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: cannot write to {tmp_path}/file/out: Not a directory; choose another directory\n"
+    )
+    save, before = write.save_file, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(*arguments, **more):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            save(*arguments, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(write, "save_file", limited)
+    assert main([*command, str(out)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: cannot write to {out}: File too large; make room, and start the same command "
+        "again\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"imported", "file"}
+    monkeypatch.undo()
+    assert main([*command, str(out)]) == 0
 
 
 @pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.yaml")), ids=lambda path: path.stem)

@@ -167,7 +167,7 @@ def test_a_text_that_spells_special_tokens_is_left_out_unless_its_tokens_are_kno
 def test_later_stages_read_what_was_kept_token_by_token(kept):
     _, stages, _ = kept
     rows = read_jsonl(stages["keep"].directory / "rows.jsonl", types={"problem": dict})
-    assert [e.completion for e in demonstrations(stages["more"])] == [
+    assert [e.completion for (e,) in demonstrations(stages["more"])] == [
         row["completion_ids"] for row in rows
     ]
     pairs = read_jsonl(stages["built"].directory / "pairs.jsonl", types={"problem": dict})
@@ -337,7 +337,7 @@ def test_a_function_writes_demonstrations(tiny, make_context, tmp_path):
     stage = made_by(tiny, make_context, tmp_path, "answers", word="hmm")
     easy = [p for p in stage.problems(0, 20) if p.columns["difficulty"] == 1]
     decode = stage.context.tokenizer.decode
-    found = [(decode(e.prompt), decode(e.completion)) for e in demonstrations(stage)]
+    found = [(decode(e.prompt), decode(e.completion)) for (e,) in demonstrations(stage)]
     assert found == [
         (f"<user> {p.prompt} <assistant>", "<think> hmm </think> True <eos>") for p in easy
     ]

@@ -73,8 +73,8 @@ def test_references_are_asked_by_one_function(make_context, tiny, tmp_path, monk
     monkeypatch.setattr(SharedSteps, "get", lambda self, make, *of: made.append(repr(of)))
     for stage in plan(context):
         OtherLogprobs(stage, None)
-    a, b, c = made
-    assert a == b != c
+    for a, b, c in (made[::2], made[1::2]):  # those of the reference, and those that correct
+        assert a == b != c
 
 
 @pytest.mark.slow

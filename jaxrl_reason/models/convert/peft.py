@@ -55,6 +55,7 @@ def save_adapter(
 
     Raises:
         InputError: the model has no adapter, or there is something at `path`.
+        OSError: storage refuses it; nothing is left.
     """
     path, lora = Path(path).absolute(), model.config.lora
     if lora is None or not has_adapter(params):
@@ -71,12 +72,16 @@ def save_adapter(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     limit = 1 << 62  # PEFT reads one file
-    write_tensors(unfinished, weights, params, dtype=None, limit=limit, file=ADAPTER_FILE)
-    if is_first():
-        config = _write_config(model.config, lora, linears, base)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (unfinished / CONFIG_FILE).write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
+    try:
+        write_tensors(unfinished, weights, params, dtype=None, limit=limit, file=ADAPTER_FILE)
+        if is_first():
+            config = _write_config(model.config, lora, linears, base)
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (unfinished / CONFIG_FILE).write_text(text, encoding="utf-8")
+            os.replace(unfinished, path)
+    finally:
+        if is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
     return path
 
 

@@ -96,6 +96,7 @@ def save_pretrained(
         InputError: there is something at `path`, no family of transformers is this model, or the
             logits are not finite.
         RuntimeError: what was written is not the model.
+        OSError: storage refuses it; nothing is left.
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

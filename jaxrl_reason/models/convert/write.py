@@ -4,6 +4,7 @@ import collections
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jaxrl_reason.errors import InputError
@@ -50,7 +52,7 @@ def write_tensors(
 ) -> None:
     """Write parameters in files of at most `limit` bytes, with an index if they are several.
 
-    Host memory holds one file at a time.
+    Host memory holds one file at a time. Raises OSError where storage refuses one.
     """
     item = lambda weight: jnp.dtype(dtype or at_path(params, weight.path).dtype).itemsize
     sizes = {
@@ -70,11 +72,22 @@ def write_tensors(
             name, tensors = waiting.popleft()
             content = {tensor: held.pop(tensor) for tensor in tensors}
             if is_first():
-                save_file(content, directory / name, metadata={"format": "pt"})
+                _save(content, directory / name)
     if len(files) > 1 and is_first():
         file_of = {tensor: f for f, group in zip(files, groups, strict=True) for tensor in group}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
         write_json(directory / INDEX_FILE, index)
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Raises OSError where storage refuses; safetensors tells the reason in words alone."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _names(group: list[Weight], layer: int) -> list[str]:
