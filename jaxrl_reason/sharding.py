@@ -10,7 +10,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import numpy as np
@@ -353,3 +353,14 @@ class OnMesh(Generic[P, R]):
         """Its program for arguments of these shapes, which need no device."""
         with jax.set_mesh(self.mesh):
             return self.function.lower(*args, **kwargs)
+
+
+def jit_on_mesh(function: Callable[P, R], mesh: Mesh, **options: Any) -> OnMesh[P, R]:
+    """Jit a pass over a model as it is compiled best for the devices of a mesh.
+
+    Args:
+        function: pure.
+        mesh: with which it is traced.
+        options: of `jax.jit`, such as `out_shardings`.
+    """
+    return OnMesh(jax.jit(function, compiler_options=compiler_options(mesh), **options), mesh)

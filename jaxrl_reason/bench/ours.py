@@ -29,9 +29,9 @@ from jaxrl_reason.models import Model, ModelConfig, Params
 from jaxrl_reason.sampling import Completion, Engine, Request, Rollout, SamplingConfig
 from jaxrl_reason.sharding import (
     MeshConfig,
-    OnMesh,
     batch_multiple,
     batch_sharding,
+    jit_on_mesh,
     make_mesh,
     place_batch,
     replicated,
@@ -98,13 +98,13 @@ class _Setup:
         self.state = create(self.params)
         del self.params
         gc.collect()
-        jitted = jax.jit(
+        return jit_on_mesh(
             make_step(self.model, optimizer),
+            self.mesh,
             in_shardings=(states, batch_sharding(self.mesh, batch_axis=1)),
             out_shardings=(states, whole),
             donate_argnums=0,
         )
-        return OnMesh(jitted, self.mesh)
 
     def counts(self, more: dict[str, float]) -> dict[str, float]:
         """What is counted of every repeat, with the programs compiled and the device's memory."""

@@ -15,12 +15,12 @@ import numpy as np
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.objectives import gram_matrix, min_norm_weights
-from jaxrl_reason.sharding import OnMesh, replicated
+from jaxrl_reason.sharding import jit_on_mesh, replicated
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.grpo import policy_objective, policy_rows
 from jaxrl_reason.stages.policy_config import MORLConfig
 from jaxrl_reason.stages.rollouts import Batch
-from jaxrl_reason.steps import make_policy_gradient
+from jaxrl_reason.steps import make_policy_gradient, partition
 
 _weights = jax.jit(min_norm_weights)
 
@@ -49,8 +49,11 @@ class Conflict:
             trains = trainable(context.model.config)
             gradient_of = make_policy_gradient(context.model, trains=trains, **options)
             number = jnp.zeros((), jnp.int32)
-            jitted = jax.jit(lambda params, batch: gradient_of(params, number, batch)[1])
-            return OnMesh(jitted, context.mesh)
+            return jit_on_mesh(
+                lambda params, batch: gradient_of(params, number, batch)[1],
+                context.mesh,
+                out_shardings=partition(context.params_shardings, trains)[0],
+            )
 
         self.gradient_of = context.shared.get(make, "policy_gradient", options)
         self.gram_of = jax.jit(

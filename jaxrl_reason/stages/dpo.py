@@ -10,7 +10,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxrl_reason import files
@@ -22,7 +21,7 @@ from jaxrl_reason.processes import from_first
 from jaxrl_reason.sharding import (
     OnMesh,
     batch_multiple,
-    compiler_options,
+    jit_on_mesh,
     own_rows,
     place_batch,
     replicated,
@@ -183,12 +182,7 @@ def pair_program(stage: Stage) -> OnMesh:
     def sums(params, batch):
         return pair_logprobs(context.model, params, batch, logprob_chunk_size=chunk)[0]
 
-    jitted = jax.jit(
-        sums,
-        out_shardings=replicated(context.mesh),
-        compiler_options=compiler_options(context.mesh),
-    )
-    return OnMesh(jitted, context.mesh)
+    return jit_on_mesh(sums, context.mesh, out_shardings=replicated(context.mesh))
 
 
 def reference_rows(stage: Stage) -> int:

@@ -21,9 +21,9 @@ from jaxrl_reason.models import Model, Params
 from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.sampling import Shown
 from jaxrl_reason.sharding import (
-    OnMesh,
     batch_multiple,
     batch_sharding,
+    jit_on_mesh,
     own_rows,
     place_batch,
     replicated,
@@ -57,10 +57,10 @@ class Eyes:
 
     def __init__(self, model: Model, mesh: Mesh, visual_tokens: int):
         self._model, self._mesh, self._most = model, mesh, visual_tokens
-        encode = jax.jit(model.visual_features, out_shardings=batch_sharding(mesh))
-        self.program = OnMesh(encode, mesh)
+        cut = batch_sharding(mesh)
+        self.program = jit_on_mesh(model.visual_features, mesh, out_shardings=cut)
         """`(params, arrays of patches)` to features."""
-        self._row = OnMesh(jax.jit(_row, out_shardings=replicated(mesh)), mesh)
+        self._row = jit_on_mesh(_row, mesh, out_shardings=replicated(mesh))
         vision = jax.eval_shape(model.init, jax.random.key(0))["vision"]
         trains = trainable(model.config)
         paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(vision))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable, without_adapter
-from jaxrl_reason.sharding import OnMesh, batch_sharding, compiler_options
+from jaxrl_reason.sharding import OnMesh, batch_sharding, jit_on_mesh
 from jaxrl_reason.stages.context import Stage
 from jaxrl_reason.stages.policy_config import PolicyConfig
 from jaxrl_reason.stages.policy_mismatch import Mismatch, make_correction
@@ -30,12 +30,9 @@ def batch_logprobs(stage: Stage) -> OnMesh:
     of_model = _of_model(config)
 
     def make() -> OnMesh:
-        jitted = jax.jit(
-            make_batch_logprobs(context.model, **of_model),
-            out_shardings=batch_sharding(context.mesh, batch_axis=1),
-            compiler_options=compiler_options(context.mesh),
-        )
-        return OnMesh(jitted, context.mesh)
+        shardings = batch_sharding(context.mesh, batch_axis=1)
+        compute = make_batch_logprobs(context.model, **of_model)
+        return jit_on_mesh(compute, context.mesh, out_shardings=shardings)
 
     return context.shared.get(make, "batch_logprobs", of_model)
 

@@ -23,7 +23,7 @@ from jaxrl_reason.config import Config
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.losses import importance_weights
 from jaxrl_reason.models import Model
-from jaxrl_reason.sharding import OnMesh, batch_sharding, replicated
+from jaxrl_reason.sharding import OnMesh, batch_sharding, jit_on_mesh, replicated
 from jaxrl_reason.steps import make_batch_logprobs
 
 _THRESHOLDS = {"float32": 1e-3, "bfloat16": 0.1}
@@ -161,4 +161,4 @@ def make_correction(
         return {"old_logprobs": old, "importance_weights": weighed}, metrics
 
     shardings = (batch_sharding(mesh, batch_axis=1), replicated(mesh))
-    return OnMesh(jax.jit(correction, out_shardings=shardings), mesh)
+    return jit_on_mesh(correction, mesh, out_shardings=shardings)

@@ -17,7 +17,7 @@ from jaxrl_reason.errors import InputError, Preemption
 from jaxrl_reason.metrics import MetricLog, NoLog, Progress, Silence
 from jaxrl_reason.models import Params
 from jaxrl_reason.models.lora import trainable
-from jaxrl_reason.sharding import OnMesh, batch_sharding, compiler_options, replicated
+from jaxrl_reason.sharding import batch_sharding, jit_on_mesh, replicated
 from jaxrl_reason.stages.breakdown import table
 from jaxrl_reason.stages.compiles import CompileWatch
 from jaxrl_reason.stages.context import Stage
@@ -88,14 +88,13 @@ def compile_step(stage: Stage, make_step: Callable[..., Step], **options: Any) -
     def make() -> Step:
         optimizer = stage_optimizer(stage)
         states = _shardings(stage, optimizer)
-        jitted = jax.jit(
+        return jit_on_mesh(
             make_step(context.model, optimizer, **options),
+            context.mesh,
             in_shardings=(states, batch_sharding(context.mesh, batch_axis=1)),
             out_shardings=(states, replicated(context.mesh)),
             donate_argnums=0,
-            compiler_options=compiler_options(context.mesh),
         )
-        return OnMesh(jitted, context.mesh)
 
     of = (make_step.__qualname__, options, stage.config.optimizer, stage.config.updates)
     return context.shared.get(make, *of)

@@ -52,20 +52,30 @@ def planned(name: str, topology: str, folder: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def duration(seconds: float) -> str:
+    """Three digits, and no power of ten."""
+    return f"{float(f'{seconds:.3g}'):g} s"
+
+
 def cells(stage: dict, capacity: float) -> tuple[str, str, str, str]:
     """The last four columns of a stage."""
     fullest = max(stage["programs"], key=lambda program: sum(program["memory"].values()))
-    memory = f"{stage['memory'] / 1e9:.3g} of {capacity / 1e9:.3g} GB, {fullest['work']}"
+    kind = fullest["program"].partition(",")[0]
+    memory = f"{stage['memory'] / 1e9:.3g} of {capacity / 1e9:.3g} GB, {kind}"
     if not stage["fits"]:
-        memory += " (too much)"
-    step = f"{stage['seconds']:.3g} s"
+        return f"{memory} (too much)", "", "", ""
     updates = [program for program in stage["programs"] if program["work"] == "update"]
     if not updates:
         return memory, "", "none", ""
     (update,) = updates
     seconds = max(update["seconds"].values()) * update["per_step"]
-    share = "all" if seconds > 0.999 * stage["seconds"] else f"{seconds:.3g} s"
-    return memory, step, f"{share}, by {update['limit']}", f"{update['mfu']:.0%}"
+    share = "all" if seconds > 0.999 * stage["seconds"] else duration(seconds)
+    return (
+        memory,
+        duration(stage["seconds"]),
+        f"{share}, by {update['limit']}",
+        f"{100 * update['mfu']:.0f} %",
+    )
 
 
 def rows(name: str, topology: str, plan: dict) -> list[str]:
@@ -75,11 +85,12 @@ def rows(name: str, topology: str, plan: dict) -> list[str]:
         if stage["kind"] != "evaluation":
             key = (stage["kind"], *cells(stage, plan["chip"]["memory"]))
             lines.setdefault(key, []).append(f"`{stage['stage']}`")
-    file = f"`{name}.yaml`"
-    return [
-        "| " + " | ".join((file, ", ".join(stages), f"`{topology}`", *found)) + " |"
-        for (_, *found), stages in lines.items()
-    ]
+    table: list[str] = []
+    for (_, *found), stages in lines.items():
+        file = "" if table else f"`{name}.yaml`"
+        line = (file, ", ".join(stages), f"`{topology}`", *found)
+        table.append("|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|")
+    return table
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from jaxrl_reason.config import to_json, validate
 from jaxrl_reason.data.batching import fill_rows, microbatches
 from jaxrl_reason.errors import InputError
 from jaxrl_reason.models import ModelConfig, preset
+from jaxrl_reason.models.lora import trainable
 from jaxrl_reason.models.vision import init_vision, vision_features
 from jaxrl_reason.models.vision_config import VisionConfig
 from jaxrl_reason.planner import plan as plan_module
@@ -46,6 +47,7 @@ from jaxrl_reason.stages.grpo import policy_rows
 from jaxrl_reason.stages.pipeline import plan as stages_of
 from jaxrl_reason.stages.programs import Program, stage_programs
 from jaxrl_reason.stages.training import fresh_state, stage_optimizer
+from jaxrl_reason.steps import partition
 
 TINY = (Path(__file__).parents[1] / "tiny_run.yaml").read_text(encoding="utf-8")
 TINY = TINY.replace("num_key_value_heads: 1", "num_key_value_heads: 2")  # to be cut over tensor
@@ -141,6 +143,18 @@ def test_every_program_of_a_step_is_there(plans):
     assert held[0]["gradients"] == 2 * held[0]["parameters"]
     assert held[1]["gradients"] == 3 * held[1]["parameters"]
     assert "optimizer" in held[0]
+
+
+@pytest.mark.parametrize("adapter", ["", "  lora: {r: 2, lora_alpha: 4}\n"])
+def test_gradients_of_objectives_lie_where_the_parameters_do(adapter):
+    """As the plan takes them to, and as those of an update do."""
+    text = (TINY + STAGES).replace("model:\n", f"model:\n{adapter}")
+    made = Context.describe(config_of(text), jax.devices())
+    (balance,) = (stage for stage in stages_of(made) if stage.name == "balance")
+    (program,) = (p for p in stage_programs(balance) if p.work == "gradient")
+    trained = partition(made.params_like, trainable(made.model.config))[0]
+    lies = lambda like, place: place.is_equivalent_to(like.sharding, like.ndim)
+    assert all(jax.tree.leaves(jax.tree.map(lies, trained, program.compile().output_shardings)))
 
 
 def test_links_are_those_between_the_places_of_the_mesh(context, monkeypatch):
